@@ -1,0 +1,146 @@
+"""Checkpoints that are either whole or not there, and a resume that continues where the run stopped."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+log = logging.getLogger(__name__)
+CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing or damaged."""
+
+
+class DurableCheckpoint(pl.Callback):
+    """Saves `<folder>/<stage>/step-<n>.ckpt` every so many optimiser steps, and keeps the newest ones.
+
+    A file is written beside its final name, flushed to disk and renamed, with a `.sha256` file beside it, so
+    a killed
+    run or a flipped bit is noticed instead of loaded. Must stand last among the callbacks, so that it saves
+    the state
+    the others have after the step. Emits no metric. Precondition: the module has `stage_name`.
+
+    Args:
+        folder: of the run's checkpoints; each stage has a folder in it.
+        every_steps: optimiser steps between two saves; 0 saves nothing.
+        keep: how many to keep.
+    """
+
+    def __init__(self, *, folder: str | Path, every_steps: int, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"callbacks.checkpoint.keep={keep} must be at least 1.")
+        self.root, self.every_steps, self.keep = Path(folder), every_steps, keep
+        self.folder = self.root
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the stage's own folder."""
+        self.folder = self.root / pl_module.stage_name
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Saves at step boundaries."""
+        step = trainer.global_step
+        due = self.every_steps and step and step % self.every_steps == 0
+        if (
+            due
+            and not trainer.fit_loop._should_accumulate()
+            and not (self.folder / f"step-{step}.ckpt").exists()
+        ):
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> Path:
+        """Writes one checkpoint and removes the oldest ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{trainer.global_step}.ckpt"
+        unfinished = path.with_suffix(".writing")
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            publish(unfinished, path)
+            for _, old in _by_step(self.folder)[: -self.keep]:
+                old.unlink()
+                digest_path(old).unlink(missing_ok=True)
+        trainer.strategy.barrier()
+        return path
+
+
+class RandomState(pl.Callback):
+    """Saves the random number generators with each checkpoint and restores them before the next step. Emits
+    no metric."""
+
+    def __init__(self):
+        self._pending: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of Python's, numpy's and torch's generators (CPU, and each visible GPU)."""
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+        return state | ({"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers the state; it is applied when training is about to go on."""
+        self._pending = state_dict
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Applies a remembered state once."""
+        if self._pending is None:
+            return
+        random.setstate(self._pending["python"])
+        np.random.set_state(self._pending["numpy"])
+        torch.set_rng_state(self._pending["torch"])
+        if "cuda" in self._pending:
+            torch.cuda.set_rng_state_all(self._pending["cuda"])
+        self._pending = None
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Flushes a finished file to disk and gives it its final name, its hash first."""
+    digest = hashlib.sha256()
+    with unfinished.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+        os.fsync(file.fileno())
+    digest_path(path).write_text(
+        json.dumps({"sha256": digest.hexdigest(), "bytes": unfinished.stat().st_size})
+    )
+    os.replace(unfinished, path)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a stage's folder, or None where there is none.
+
+    A damaged newer one is passed over with a warning: the run then repeats a few steps, which is exact.
+    """
+    for _, path in reversed(_by_step(Path(folder))):
+        if is_whole(path):
+            return path
+        log.warning("Checkpoint %s is damaged (its hash differs); falling back to the one before.", path)
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file has the size and hash that were stored beside it."""
+    try:
+        expected = json.loads(digest_path(path).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
+
+
+def digest_path(path: Path) -> Path:
+    """Where the hash of a file stands."""
+    return path.with_name(path.name + ".sha256")
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    return sorted((int(m[1]), path) for path in folder.iterdir() if (m := CHECKPOINT.fullmatch(path.name)))

@@ -1,0 +1,49 @@
+"""What a run has finished so far: one small file that a resumed run continues."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from reports.summary import write_text
+
+JOURNAL = "journal.json"
+
+
+class Journal:
+    """Results of finished stages, in order, kept in `<run folder>/journal.json` and rewritten whole.
+
+    Args:
+        run_folder: of the run.
+    """
+
+    def __init__(self, run_folder: str | Path):
+        self.path = Path(run_folder) / JOURNAL
+        self.facts: dict[str, Any] = (
+            json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
+        )
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What was recorded for each finished stage."""
+        return self.facts["stages"]
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """The record of a finished stage, or None."""
+        return next((stage for stage in self.stages if stage["name"] == name), None)
+
+    def tokens(self) -> int:
+        """Training tokens of all finished stages."""
+        return sum(stage["tokens"] for stage in self.stages)
+
+    def add(self, stage: dict[str, Any]) -> None:
+        """Records a finished stage, on disk when this returns."""
+        self.stages.append(stage)
+        self._write()
+
+    def note(self, **facts: Any) -> None:
+        """Records facts about the run, on disk when this returns."""
+        self.facts |= facts
+        self._write()
+
+    def _write(self) -> None:
+        write_text(self.path, json.dumps(self.facts))
