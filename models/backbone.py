@@ -1,0 +1,138 @@
+"""Runs a Hugging Face decoder over packed rows: the one place where documents become masks and positions.
+
+Shape letters: B rows, T tokens, D hidden width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+
+@dataclass
+class SequenceContext:
+    """What every layer of one forward pass may need to know; lives as long as that pass.
+
+    Args:
+        document_ids: [B,T] int32, -1 on padding; None where each row is one document without padding.
+        continues: [B] bool, whether the row's first real token continues the document that the decoding state
+            comes
+            from; None means yes.
+        first_value: [B,T,G,N] value of the first RWKV layer, set by that layer and read by the later ones.
+        local_gradients: whether `first_value` enters later layers without a gradient (layer-wise alignment).
+    """
+
+    document_ids: Tensor | None = None
+    continues: Tensor | None = None
+    first_value: Tensor | None = None
+    local_gradients: bool = False
+
+
+def has_documents(document_ids: Tensor | None) -> bool:
+    """Whether some row holds more than one document, or padding."""
+    return document_ids is not None and bool((document_ids != document_ids[:1, :1]).any())
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """[B,T] int64 position of each token in its document; padding counts from 0 as well."""
+    length = document_ids.shape[1]
+    index = torch.arange(length, device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def document_mask(document_ids: Tensor, queries: int) -> Tensor:
+    """[B,1,queries,T] bool, true where a query may see a key: same document, not later.
+
+    A padded query sees itself, so that no softmax is empty.
+
+    Args:
+        document_ids: [B,T].
+        queries: the last so many tokens ask.
+    """
+    length = document_ids.shape[1]
+    same = document_ids[:, -queries:, None] == document_ids[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()[-queries:]
+    return (same & causal)[:, None]
+
+
+def backbone_inputs(model: PreTrainedModel, document_ids: Tensor | None, queries: int) -> dict:
+    """The keyword arguments that make `model.base_model` respect documents.
+
+    Args:
+        model: a teacher or a student.
+        document_ids: [B,T] of all tokens so far, or None.
+        queries: the last so many tokens are this call's input; the others are in the cache.
+
+    Raises:
+        ValueError: where the teacher's attention implementation cannot take a mask per document.
+    """
+    if not has_documents(document_ids):
+        return {"sequence_context": SequenceContext()}
+    implementation = model.config._attn_implementation
+    mask = document_mask(document_ids, queries)
+    if implementation == "eager":
+        lowest = torch.finfo(model.dtype).min
+        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+    elif implementation != "sdpa":
+        raise ValueError(
+            f"teacher.attention={implementation} takes no mask per document; set teacher.attention=sdpa, "
+            "or feed one document per row."
+        )
+    context = SequenceContext(document_ids[:, -queries:], continues=_continues(document_ids, queries))
+    positions = document_positions(document_ids)[:, -queries:]
+    return {"attention_mask": mask, "position_ids": positions, "sequence_context": context}
+
+
+def _continues(document_ids: Tensor, queries: int) -> Tensor | None:
+    """[B] whether the first real token of this call has the document of the last real one before it."""
+    before, now = document_ids[:, :-queries], document_ids[:, -queries:]
+    if not before.shape[1]:
+        return None
+    last = torch.where(before >= 0, before, -1).amax(1)  # ids do not decrease along a row
+    first = torch.where(now >= 0, now, torch.iinfo(now.dtype).max).amin(1)
+    return (first == last) | (last < 0) | (now < 0).all(1)
+
+
+def hidden_states(
+    model: PreTrainedModel, input_ids: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None
+) -> Tensor:
+    """Final hidden states (after the last norm) of a causal language model: [B,T] -> [B,T,D].
+
+    Args:
+        model: a teacher or a student.
+        input_ids: [B,T] int64.
+        document_ids: [B,T] int32 or None; with a cache [B, tokens in the cache + T]. Attention, positions and
+            recurrent states never cross a document.
+        cache: decoding cache, read and advanced.
+    """
+    inputs = backbone_inputs(model, document_ids, input_ids.shape[1])
+    use_cache = cache is not None
+    output = model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=use_cache, **inputs)
+    return output.last_hidden_state
+
+
+def provide_context(backbone: nn.Module) -> None:
+    """Makes a student usable like any Hugging Face model: builds the context where the caller gives none.
+
+    Padding is read from the two-dimensional `attention_mask` [B, cached + T], and positions are counted from
+    each
+    row's first real token, as `generate` counts them.
+    """
+
+    def build(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if kwargs.get("sequence_context") is not None:
+            return args, kwargs
+        kwargs["sequence_context"] = context = SequenceContext()
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask.all():
+            entry = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+            tokens = entry.shape[1]
+            context.document_ids = mask[:, -tokens:].to(torch.int32) - 1
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
+        return args, kwargs
+
+    backbone.register_forward_pre_hook(build, with_kwargs=True)

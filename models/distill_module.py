@@ -1,0 +1,123 @@
+"""The Lightning module of every training stage: a student, a frozen teacher beside it, and an objective."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from models.evaluation import batch_metrics
+from models.stage import StageConfig, assert_float32, freeze_all_but
+from models.student import student_mixers
+
+
+class ConversionModule(pl.LightningModule):
+    """Trains a student by one stage's objective.
+
+    Args:
+        student: the model to train.
+        teacher: the frozen guide, or None; kept out of the module tree, so that no checkpoint holds it.
+        stage: objective, budget and rates.
+        tokenizer: for reading samples of text.
+        tokens_per_step: tokens of one optimiser step over all devices.
+        tokens_before: tokens that earlier stages have used, for the x axis of plots.
+
+    Emits: `<stage>/loss`, `<stage>/kl`, ... per logged step; `<stage>/layer_<i>/alignment`;
+        `<stage>/learning_rate/<group>`;
+    `<stage>/validation_<metric>`.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        stage: StageConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        tokens_per_step: int,
+        tokens_before: int,
+    ):
+        super().__init__()
+        self.student = student
+        self._teacher = (teacher,)  # a tuple hides it from torch's module registration
+        self.stage, self.tokenizer = stage, tokenizer
+        self.stage_name = stage.name
+        self.tokens_per_step, self.tokens_before = tokens_per_step, tokens_before
+        self.steps = stage.steps(tokens_per_step)
+        self._groups = parameter_groups(student)
+        trained = [
+            p for group, parameters in self._groups.items() if stage.learning_rate[group] for p in parameters
+        ]
+        if not trained:
+            raise ValueError(
+                f"stage.{stage.name}: the student has no parameter in the groups with a learning rate."
+            )
+        assert_float32(trained)
+        freeze_all_but(student, trained)
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    def on_fit_start(self) -> None:
+        """Moves the unregistered teacher beside the student."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
+        """One batch {input_ids, labels, document_ids} [B,T] to the scalar loss."""
+        terms = self.stage.objective(self.student, self.teacher, batch)
+        metrics = {f"{self.stage_name}/{name}": value for name, value in terms.parts.items()}
+        metrics |= {f"{self.stage_name}/layer_{i}/alignment": value for i, value in terms.per_layer.items()}
+        metrics[f"{self.stage_name}/total"] = terms.total.detach()
+        self.log_dict(metrics)
+        return terms.total
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Logs the learning rates that the step just used."""
+        step = self.trainer.global_step - 1
+        rates = {name: self.stage.rate_at(name, max(step, 0), self.steps) for name in self._groups}
+        self.log_dict(
+            {f"{self.stage_name}/learning_rate/{name}": rate for name, rate in rates.items() if rate}
+        )
+
+    def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Held-out loss, and with a teacher its KL and agreement."""
+        metrics = batch_metrics(self.student, self.teacher, batch).means()
+        self.log_dict({f"{self.stage_name}/validation_{name}": value for name, value in metrics.items()})
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The stage's optimiser with one learning rate per group, and its schedule, stepped with the
+        optimiser."""
+        optimizer, schedule = self.stage.build_optimizer(self._groups, self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def generate_pair(self, prompt_ids: Tensor, max_new_tokens: int) -> tuple[Tensor | None, Tensor]:
+        """Greedy continuations [1,N] of a prompt [1,T], without it, by teacher (None if there is none) and
+        student."""
+        was_training = self.student.training
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        ids = prompt_ids.to(self.device)
+        texts = [
+            None
+            if model is None
+            else model.eval().generate(ids, attention_mask=torch.ones_like(ids), **options)
+            for model in (self.teacher, self.student)
+        ]
+        self.student.train(was_training)
+        teacher, student = (None if text is None else text[:, ids.shape[1] :] for text in texts)
+        return teacher, student
+
+
+def parameter_groups(student: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
+    """The two learning-rate groups: `mixers` (what replaced attention) and `rest`."""
+    mixers = [parameter for mixer in student_mixers(student).values() for parameter in mixer.parameters()]
+    known = {id(parameter) for parameter in mixers}
+    return {"mixers": mixers, "rest": [p for p in student.parameters() if id(p) not in known]}

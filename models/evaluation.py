@@ -1,0 +1,141 @@
+"""Held-out metrics of a model, beside its teacher on the same tokens.
+
+Shape letters: B rows, T tokens, n tokens with a label, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from models.backbone import hidden_states
+from models.losses import IGNORED, cross_entropy, forward_kl
+
+CHUNK_TOKENS = 2048
+
+
+@dataclass
+class MetricSums:
+    """Sums over tokens, which add up over batches.
+
+    Args:
+        tokens: tokens with a label.
+        sums: metric -> sum over tokens: `loss`, `teacher_loss`, `kl` (nats), `top1_agreement` (hits).
+        by_position: metric -> [T] sums by position in the row; `count` holds the tokens of each position.
+    """
+
+    tokens: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    by_position: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, other: "MetricSums") -> None:
+        """Adds another batch's sums, in place."""
+        self.tokens += other.tokens
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        for name, value in other.by_position.items():
+            self.by_position[name] = self.by_position[name] + value if name in self.by_position else value
+
+    def means(self) -> dict[str, float]:
+        """Metric -> mean over tokens."""
+        return {name: value / max(self.tokens, 1) for name, value in self.sums.items()}
+
+    def position_means(self) -> dict[str, list[float]]:
+        """Metric -> mean at each position of the row; NaN where no token had a label."""
+        count = self.by_position["count"]
+        return {name: (value / count).tolist() for name, value in self.by_position.items() if name != "count"}
+
+
+@torch.no_grad()
+def batch_metrics(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor]
+) -> MetricSums:
+    """Loss of `model` on one batch; with a teacher also its loss, KL(teacher || model) and top-1 agreement.
+
+    Args:
+        model: a causal language model.
+        teacher: another one over the same vocabulary, or None.
+        batch: input_ids, labels, document_ids [B,T]; each result belongs to the position of the predicting
+            token.
+    """
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    chosen = batch["labels"] != IGNORED
+    labels = batch["labels"][chosen]
+    models = {"model": model} | ({"teacher": teacher} if teacher is not None else {})
+    hidden = {
+        name: hidden_states(m, batch["input_ids"], batch["document_ids"])[chosen]
+        for name, m in models.items()
+    }
+    values: dict[str, list[Tensor]] = {}
+    for start in range(0, len(labels), CHUNK_TOKENS):
+        chunk = slice(start, start + CHUNK_TOKENS)
+        logits = {name: m.get_output_embeddings()(hidden[name][chunk]) for name, m in models.items()}
+        found = {"loss": cross_entropy(logits["model"], labels[chunk])}
+        if teacher is not None:
+            found["teacher_loss"] = cross_entropy(logits["teacher"], labels[chunk])
+            found["kl"] = forward_kl(logits["model"], logits["teacher"])
+            found["top1_agreement"] = (logits["model"].argmax(-1) == logits["teacher"].argmax(-1)).float()
+        for name, value in found.items():
+            values.setdefault(name, []).append(value)
+    per_token = {name: torch.cat(pieces).double() for name, pieces in values.items()}
+    by_position = {"count": chosen.double().sum(0).cpu()}
+    for name, value in per_token.items():
+        grid = torch.zeros(chosen.shape, dtype=torch.float64, device=device)
+        grid[chosen] = value
+        by_position[name] = grid.sum(0).cpu()
+    return MetricSums(
+        len(labels), {name: float(value.sum()) for name, value in per_token.items()}, by_position
+    )
+
+
+def evaluate(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Iterable[dict[str, Tensor]]
+) -> MetricSums:
+    """Sums of `batch_metrics` over batches, in evaluation mode; the model's mode is restored."""
+    total, was_training = MetricSums(), model.training
+    model.eval()
+    for batch in batches:
+        total.add(batch_metrics(model, teacher, batch))
+    model.train(was_training)
+    return total
+
+
+def copy_gain(sums: MetricSums, metric: str = "loss") -> dict[str, float]:
+    """In-context copying from rows that hold a passage twice.
+
+    Returns:
+        `first` and `second`: mean loss in nats/token on either copy; `gain`: their difference. The token at
+            which
+        the second copy begins is left out: nothing announces it.
+    """
+    total, count = sums.by_position[metric], sums.by_position["count"]
+    half = len(total) // 2
+    first = float(total[: half - 1].sum() / count[: half - 1].sum())
+    second = float(total[half:-1].sum() / count[half:-1].sum())
+    return {"first": first, "second": second, "gain": first - second}
+
+
+def held_out_row(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: list[dict[str, Tensor]],
+    copy_batches: list[dict[str, Tensor]],
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """The figures of one row of the results table, and the curves by position.
+
+    Returns:
+        loss, perplexity, copy_gain, copy_first, copy_second and, with a teacher, kl and top1_agreement; and
+        metric ->
+        mean by position in the row.
+    """
+    sums = evaluate(model, teacher, batches)
+    copies = copy_gain(evaluate(model, None, copy_batches))
+    means = sums.means()
+    row = {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700.0))}
+    row |= {name: means[name] for name in ("kl", "top1_agreement") if name in means}
+    row |= {"copy_gain": copies["gain"], "copy_first": copies["first"], "copy_second": copies["second"]}
+    return row, sums.position_means()

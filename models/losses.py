@@ -1,0 +1,102 @@
+"""Losses over hidden states and logits.
+
+Shape letters: B rows, T tokens, n selected tokens, D hidden width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.deferred import GradientSum, differentiate, hand_over
+
+IGNORED = -100
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) per token, in nats, times temperature² (Hinton et al., arXiv 1503.02531).
+
+    Args:
+        student_logits, teacher_logits: [n,V]; computed in float32 or better.
+        temperature: divides both logits.
+
+    Returns:
+        [n].
+    """
+    student = F.log_softmax(student_logits.to(_wide(student_logits)) / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.to(_wide(teacher_logits)) / temperature, dim=-1)
+    return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Next-token cross-entropy per token, in nats: [n,V], [n] -> [n]."""
+    return F.cross_entropy(logits.to(_wide(logits)), labels, reduction="none")
+
+
+def alignment_l2(output: Tensor, target: Tensor) -> Tensor:
+    """Distance of two mixer outputs per token, ‖target - output‖₂ / √D (RADLADS, arXiv 2505.03005): [n,D] ->
+    [n]."""
+    difference = (target.float() - output.float()) * output.shape[-1] ** -0.5
+    return (difference.pow(2).sum(-1) + 1e-12).sqrt()
+
+
+def alignment_mse(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference per token: [n,D] -> [n]."""
+    return (target.float() - output.float()).pow(2).mean(-1)
+
+
+def alignment_relative(output: Tensor, target: Tensor) -> Tensor:
+    """Squared difference relative to the target's mean square over all tokens: [n,D] -> [n]; 1 is as bad as
+    zero."""
+    return alignment_mse(output, target) / target.float().pow(2).mean().clamp_min(1e-12)
+
+
+ALIGNMENT_LOSSES = {"l2": alignment_l2, "mse": alignment_mse, "relative": alignment_relative}
+
+
+def chunked_mean(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    head_parameters: Sequence[Tensor],
+    token_loss: Callable[[Tensor, slice], Tensor],
+    chunk_tokens: int,
+) -> Tensor:
+    """Mean of a loss over tokens that needs logits, without ever holding the logits of all tokens.
+
+    Each chunk's logits are computed, differentiated and dropped in the forward pass, so peak memory is
+    chunk_tokens · V instead of B · T · V.
+
+    Args:
+        hidden: [n,D] final hidden states of the tokens that count.
+        head: hidden states -> logits [.,V].
+        head_parameters: the head's parameters that want gradients.
+        token_loss: (logits of a chunk, the chunk's slice of tokens) -> loss per token.
+        chunk_tokens: tokens per chunk.
+
+    Returns:
+        A scalar (0 where there is no token), differentiable in `hidden` and `head_parameters`.
+    """
+    count = hidden.shape[0]
+    chunks = [slice(start, min(start + chunk_tokens, count)) for start in range(0, count, chunk_tokens)]
+    total = hidden.new_zeros((), dtype=_wide(hidden))
+    if not (torch.is_grad_enabled() and hidden.requires_grad):
+        for chunk in chunks:
+            total = total + token_loss(head(hidden[chunk]), chunk).sum() / count
+        return total
+    source = hidden.detach()
+    hidden_gradient = torch.zeros_like(source)
+    parameters = [parameter for parameter in head_parameters if parameter.requires_grad]
+    head_gradients = GradientSum(parameters)
+    for chunk in chunks:
+        piece = source[chunk].requires_grad_()
+        loss = token_loss(head(piece), chunk).sum() / count
+        gradient, *others = differentiate(loss, [piece, *parameters])
+        hidden_gradient[chunk] = gradient
+        head_gradients.add(others)
+        total = total + loss.detach()
+    return hand_over(total, [hidden, *parameters], [hidden_gradient, *head_gradients.gradients])
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

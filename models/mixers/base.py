@@ -1,0 +1,57 @@
+"""What every mixer is: a module that stands where the teacher has its attention.
+
+Shape letters: B rows, T tokens, D hidden width, H heads, G key/value heads, N head size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The attention that a mixer replaces, as far as a mixer must know it.
+
+    Args:
+        hidden_size: D.
+        heads, kv_heads, head_size: H, G, N; G divides H.
+        query_bias, key_bias, value_bias, output_bias: which projections have biases.
+        query_norm, key_norm: whether queries and keys go through a per-head RMSNorm.
+        norm_eps: its epsilon.
+    """
+
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    query_bias: bool = False
+    key_bias: bool = False
+    value_bias: bool = False
+    output_bias: bool = False
+    query_norm: bool = False
+    key_norm: bool = False
+    norm_eps: float = 1e-6
+
+    def repeat_kv(self, heads: Tensor) -> Tensor:
+        """[B,T,G,N] -> [B,T,H,N]; neighbouring query heads share a key/value head."""
+        return (
+            heads
+            if self.kv_heads == self.heads
+            else heads.repeat_interleave(self.heads // self.kv_heads, dim=2)
+        )
+
+
+class Mixer(nn.Module):
+    """Base of all mixers; `student_mixers` finds them by this class.
+
+    A mixer is called by keyword as Hugging Face decoder layers call attention (hidden_states [B,T,D],
+    position_embeddings, past_key_values, ...), takes `sequence_context` (models.backbone.SequenceContext)
+    besides, and
+    returns (output [B,T,D], None). Its projections `receptance`, `key`, `value`, `output` and the norms
+    `receptance_norm`, `key_norm` receive the teacher's weights.
+    """
+
+    options_class: ClassVar[type[Any]]
+    head_sizes: ClassVar[tuple[int, ...]]
+    layer_index: int
