@@ -1,0 +1,217 @@
+"""Start-up shared by the scripts: where a run lives, what its config must satisfy, how errors are said."""
+
+import datetime
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+log = logging.getLogger(__name__)
+UNCHECKED_ON_RESUME = ("ckpt_path", "paths", "hydra", "logger", "callbacks", "trainer")
+
+
+def register_resolvers() -> None:
+    """Makes `${run_folder:...}` known; call it before Hydra composes."""
+    OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
+
+
+def run_folder(outputs: str, name: str, ckpt_path: str | None) -> str:
+    """The folder of a run: a new one, or with `ckpt_path` the one that goes on.
+
+    Args:
+        outputs: folder of all runs.
+        name: of the run.
+        ckpt_path: None, `auto` (the newest run of this name without a summary) or a run folder.
+    """
+    if ckpt_path not in (None, "auto"):
+        return str(ckpt_path)
+    parent = Path(outputs) / name
+    if ckpt_path == "auto":
+        unfinished = [
+            p.parent for p in parent.glob("*/config.yaml") if not (p.parent / "summary.json").exists()
+        ]
+        if unfinished:
+            return str(max(unfinished))
+    started = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+    return str(parent / started)
+
+
+def plain_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Says what a user got wrong in a line or two and exits with 2; other errors keep their traceback."""
+
+    @wraps(main)
+    def wrapped(config: DictConfig) -> None:
+        try:
+            main(config)
+        except (ValueError, InstantiationException, OmegaConfBaseException) as error:
+            log.debug("Traceback of the error below", exc_info=True)
+            print(f"Error: {_plain(error)}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def _plain(error: Exception) -> str:
+    """The root cause; where Hydra built the object, with the config key."""
+    if not isinstance(error, InstantiationException):
+        return str(error)
+    lines = str(error).splitlines()
+    where = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    cause = error.__cause__ or error.__context__
+    while isinstance(cause, InstantiationException) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__
+    text = str(cause) if cause is not None else lines[0]
+    return f"config key {where}: {text}" if where and where not in text else text
+
+
+def begin(config: DictConfig) -> Path:
+    """Makes the run folder, keeps the config in it, and seeds every random number generator.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: where a finished run is asked to go on, or an unfinished one with another config.
+    """
+    import lightning.pytorch as pl
+    import torch
+
+    folder = Path(config.paths.run_folder)
+    if (folder / "summary.json").exists():
+        raise ValueError(
+            f"ckpt_path: {folder} is finished; start a new run, or continue it with init_from={folder}."
+        )
+    save_config(config, folder)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    log.info("Run folder: %s", folder)
+    return folder
+
+
+def save_config(config: DictConfig, folder: Path) -> None:
+    """Writes the resolved config to `<folder>/config.yaml`; a resumed run must agree with what is there.
+
+    Raises:
+        ValueError: where a resumed run's config differs in a key that changes its result.
+    """
+    path = folder / "config.yaml"
+    resolved = OmegaConf.to_container(config, resolve=True)
+    if path.exists():
+        before = OmegaConf.to_container(OmegaConf.load(path))
+        different = [
+            key
+            for key in sorted({*before, *resolved} - {*UNCHECKED_ON_RESUME})
+            if before.get(key) != resolved.get(key)
+        ]
+        if different:
+            raise ValueError(
+                f"ckpt_path: {folder} was started with another config; these keys differ: "
+                f"{', '.join(different)}. "
+                "Give the same overrides to resume it, or leave ckpt_path out to start a new run."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+
+
+def build(config: Any, key: str, **arguments: Any) -> Any:
+    """Instantiates one config, its lists and dictionaries as plain Python ones.
+
+    Raises:
+        ValueError: where a required key (`???`) is missing, naming it.
+    """
+    missing = OmegaConf.missing_keys(config) if isinstance(config, DictConfig | ListConfig) else set()
+    if missing:
+        raise ValueError(
+            f"these config keys need a value: {', '.join(f'{key}.{name}' for name in sorted(missing))}."
+        )
+    return hydra.utils.instantiate(config, _convert_="all", **arguments)
+
+
+def stage_data(config: DictConfig, stage: str) -> DictConfig:
+    """The data config of a stage: `data` with the overrides of `stage.<name>.data`.
+
+    Raises:
+        ValueError: where an override is no key of `data`.
+    """
+    overrides = config.stage[stage].get("data") or {}
+    unknown = sorted(set(overrides) - set(config.data))
+    if unknown:
+        raise ValueError(
+            f"stage.{stage}.data: {unknown} is no key of data; keys are {', '.join(config.data)}."
+        )
+    return OmegaConf.merge(config.data, overrides)
+
+
+def check(config: DictConfig) -> None:
+    """Everything that can be known to be wrong before a weight or a text is loaded.
+
+    Raises:
+        ValueError: naming the key and the fix.
+        InstantiationException: from Hydra, for a key that a part does not have or a value it refuses.
+    """
+    if not config.stages:
+        raise ValueError(f"stages is empty; choose from {', '.join(config.stage)}.")
+    unknown = [name for name in config.stages if name not in config.stage]
+    if unknown:
+        raise ValueError(
+            f"stages: {unknown} is unknown; choose from {', '.join(config.stage)}, or add one to `stage`."
+        )
+    if len(set(config.stages)) != len(config.stages):
+        raise ValueError(f"stages={list(config.stages)} names one twice; copy the stage under another name.")
+    if config.init_from is not None and not (Path(config.init_from) / "student" / "student.json").exists():
+        raise ValueError(
+            f"init_from={config.init_from} holds no finished student; name the folder of a finished run."
+        )
+    if config.ckpt_path not in (None, "auto") and not (Path(config.ckpt_path) / "config.yaml").exists():
+        raise ValueError(
+            f"ckpt_path={config.ckpt_path} is no run folder; use auto, or name a folder below paths.outputs."
+        )
+    if config.seed is None or config.seed < 0:
+        raise ValueError(f"seed={config.seed} must be a number from 0 on.")
+    teacher = build(config.teacher, "teacher")
+    student = build(
+        config.student, "student", **({"_partial_": True} if "model_type" in config.student else {})
+    )
+    for name in config.stages:
+        stage = build(config.stage[name], f"stage.{name}")
+        if stage.name != name:
+            raise ValueError(f"stage.{name}.name={stage.name!r} must be {name!r}: results are kept by it.")
+        if teacher.path is None and getattr(getattr(stage, "objective", None), "needs_teacher", True):
+            raise ValueError(
+                f"stage.{name} needs a teacher; teacher.path is null. Choose teacher=tiny_qwen2 or "
+                "teacher=hub."
+            )
+        build(stage_data(config, name), "data", tokenizer=None)
+    if teacher.path is not None and config.init_from is None:
+        _check_student(student, teacher)
+
+
+def _check_student(student: Any, teacher: Any) -> None:
+    """Holds the layer plan against the teacher's shape, which its config file tells."""
+    from models.conversion import check_plan
+    from models.teacher import load_hf_config
+
+    check_plan(student, load_hf_config(teacher))
+
+
+def show_plan(config: DictConfig, student: Any) -> None:
+    """Logs what a run would do, for `dry_run=true`."""
+    from models.student import count_parameters
+
+    log.info(
+        "Student: %s parameters, layers %s", f"{count_parameters(student.model):,}", ", ".join(student.plan)
+    )
+    for name in config.stages:
+        tokens = config.stage[name].get("tokens")
+        log.info("Stage %s: %s", name, "no training" if tokens is None else f"{tokens:,.0f} tokens")
+    log.info("Dry run: the config is sound; nothing was trained.")

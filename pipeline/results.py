@@ -1,0 +1,161 @@
+"""Measures stages on held-out text and writes what a run leaves behind."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from transformers import DynamicCache, PreTrainedModel
+
+import kernels
+from callbacks.metrics_csv import read_metrics
+from models.decoding import decoding_cost
+from models.evaluation import held_out_row
+from models.sequence_state import cache_bytes_per_row
+from models.student import count_parameters, student_mixers
+from models.student_folder import Student
+from pipeline.students import TRANSFER
+from reports.journal import Journal
+from reports.report import draw_plots, write_report
+from reports.summary import stage_entry, write_summary
+from reports.table import summary_table
+
+log = logging.getLogger(__name__)
+
+
+def measure_teacher(teacher: PreTrainedModel | None, data: Any, journal: Journal) -> None:
+    """Records the teacher's held-out figures, once."""
+    if teacher is None or "teacher" in journal.facts:
+        return
+    row, positions = held_out_row(teacher, None, data.validation_batches(), data.copy_batches())
+    log.info("Teacher: %s", _words(row))
+    journal.note(teacher={**row, "positions": positions["loss"]})
+
+
+def record_stage(
+    name: str,
+    student: Student,
+    teacher: PreTrainedModel | None,
+    data: Any,
+    journal: Journal,
+    *,
+    tokens: int,
+    seconds: float,
+    transfer_loss: float | None,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Measures the student as a stage has left it and adds the row to the journal."""
+    row, positions = held_out_row(student.model, teacher, data.validation_batches(), data.copy_batches())
+    entry = stage_entry(
+        name=name,
+        loss=row["loss"],
+        tokens=tokens,
+        seconds=seconds,
+        kl=row.get("kl"),
+        top1_agreement=row.get("top1_agreement"),
+        copy_gain=row["copy_gain"],
+        transfer_loss=row["loss"] if name == TRANSFER else transfer_loss,
+        teacher_loss=journal.facts.get("teacher", {}).get("loss"),
+    )
+    copies = {key: row[key] for key in ("copy_first", "copy_second")}
+    journal.add({**entry, **copies, "positions": positions["loss"], **(facts or {})})
+    log.info("After %s: %s", name, _words(row))
+
+
+def finish(
+    config: DictConfig, student: Student, teacher: PreTrainedModel | None, journal: Journal, folder: Path
+) -> None:
+    """Writes summary.json, plots and report.md, and prints the table."""
+    summary = run_summary(config, student, teacher, journal)
+    positions = {stage["name"]: stage["positions"] for stage in journal.stages if stage["name"] != "select"}
+    teacher_positions = journal.facts.get("teacher", {}).get("positions")
+    length = len(next(iter(positions.values())))
+    draw_plots(
+        folder,
+        summary=summary,
+        rows=read_metrics(folder / "metrics.csv"),
+        loss_metrics=[f"{name}/loss" for name in config.stages],
+        positions={
+            "positions": list(range(1, length + 1)),
+            "students": positions,
+            "teacher": teacher_positions,
+        },
+        decoding=_decoding(config, student, teacher),
+        scores=journal.facts.get("selection"),
+    )
+    write_summary(folder / "summary.json", summary)
+    write_report(
+        folder,
+        summary,
+        title=f"{config.name}, {folder.name}",
+        command=_command(folder),
+        config=OmegaConf.to_container(config, resolve=True),
+        transfer=journal.facts.get("transfer", ()),
+    )
+    console = Console()
+    console.print(summary_table(summary))
+    console.print(f"Report: {folder / 'report.md'}   student: {folder / 'student'}", highlight=False)
+
+
+def run_summary(
+    config: DictConfig, student: Student, teacher: PreTrainedModel | None, journal: Journal
+) -> dict[str, Any]:
+    """The contract of summary.json."""
+    hidden = ("positions",)
+    measured = journal.facts.get("teacher")
+    return {
+        "teacher": None if measured is None else {k: v for k, v in measured.items() if k not in hidden},
+        "stages": [{k: v for k, v in stage.items() if k not in hidden} for stage in journal.stages],
+        "kernels": {"wkv7": chosen_kernel(student.model)},
+        "student": {
+            "parameters": count_parameters(student.model),
+            "state_bytes_per_row": state_bytes(student.model, config.data.row_length),
+            "layer_plan": student.plan,
+        },
+        "seed": config.seed,
+    }
+
+
+def chosen_kernel(model: PreTrainedModel) -> dict[str, Any]:
+    """Backend of the wkv7 operator for this student, and why."""
+    mixer = next(iter(student_mixers(model).values()), None)
+    if mixer is None:
+        return {"backend": "none", "reason": "no layer uses the operator"}
+    if mixer.options.backend != "auto":
+        return {"backend": mixer.options.backend, "reason": "named in the config"}
+    device = next(model.parameters()).device
+    return kernels.explain("wkv7", device=device, dtype=torch.float32, head_size=mixer.shape.head_size)
+
+
+@torch.no_grad()
+def state_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Decoding memory of one row after `tokens` tokens: states, and keys and values of kept layers."""
+    was_training = model.training
+    cache = DynamicCache(config=model.config)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
+    model.eval()(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model.train(was_training)
+    return cache_bytes_per_row(cache)
+
+
+def _decoding(config: DictConfig, student: Student, teacher: PreTrainedModel | None) -> dict[str, Any] | None:
+    contexts = list(config.evaluation.decoding_contexts)
+    if not contexts or teacher is None:
+        return None
+    tokens = config.evaluation.decoding_tokens
+    models = {"teacher": teacher, "student": student.model}
+    return {"context_lengths": contexts} | {
+        name: decoding_cost(m, contexts, tokens) for name, m in models.items()
+    }
+
+
+def _command(folder: Path) -> str:
+    path = folder / "environment.json"
+    return json.loads(path.read_text())["command"] if path.exists() else "python train.py"
+
+
+def _words(row: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in row.items())

@@ -1,0 +1,70 @@
+"""Runs one entry of `stages`, whatever its kind."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from conf.launch import build
+from models.layer_plan import ATTENTION
+from models.selection import SelectLayers
+from models.student_folder import Student
+from pipeline.students import with_kept_layers
+from pipeline.training import train_stage
+from reports.journal import Journal
+
+Cost = dict[str, float]
+
+
+def run_stage(
+    config: DictConfig,
+    stage: Any,
+    student: Student,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    journal: Journal,
+    run_folder: Path,
+) -> tuple[Student, Cost, dict[str, Any]]:
+    """Runs a training stage or a selection.
+
+    Returns:
+        The student afterwards, {"tokens", "seconds"} of the stage, and facts for its row in the journal.
+    """
+    if isinstance(stage, SelectLayers):
+        return select_layers(config, stage, student, teacher, tokenizer, journal)
+    cost = train_stage(
+        config,
+        stage,
+        student.model,
+        teacher,
+        tokenizer,
+        run_folder=run_folder,
+        tokens_before=journal.tokens(),
+    )
+    return student, cost, {}
+
+
+def select_layers(
+    config: DictConfig,
+    stage: SelectLayers,
+    student: Student,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    journal: Journal,
+) -> tuple[Student, Cost, dict[str, Any]]:
+    """Scores every replaced layer on training rows, and gives the best ones the teacher's attention back."""
+    started = time.perf_counter()
+    data = build(config.data, "data", tokenizer=tokenizer)
+    replaced = [index for index, name in enumerate(student.plan) if name != ATTENTION]
+    scores = stage.scores(student.model, teacher, replaced, *data.calibration_batches(stage.rows))
+    kept = stage.choose(scores)
+    chosen = with_kept_layers(student, teacher, kept)
+    every = [scores.get(index, 0.0) for index in range(len(student.plan))]
+    label = {"kl": "KL saved by keeping attention (nats/token)", "copy": "copying gain saved (nats/token)"}[
+        stage.by
+    ]
+    all_kept = [index for index, name in enumerate(chosen.plan) if name == ATTENTION]
+    journal.note(selection={"scores": every, "kept": all_kept, "label": label})
+    return chosen, {"tokens": 0, "seconds": time.perf_counter() - started}, {"scores": every, "kept": kept}

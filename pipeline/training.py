@@ -1,0 +1,108 @@
+"""Runs one training stage: the stage's data, one Lightning module, one trainer."""
+
+import logging
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+from omegaconf import DictConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from callbacks.checkpoint import newest_checkpoint
+from callbacks.metrics_csv import MetricsCsv
+from conf.launch import build, stage_data
+from models.distill_module import ConversionModule
+from models.stage import StageConfig
+
+log = logging.getLogger(__name__)
+
+
+def train_stage(
+    config: DictConfig,
+    stage: StageConfig,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    run_folder: Path,
+    tokens_before: int,
+) -> dict[str, float]:
+    """Trains the student in place, from the stage's newest checkpoint if it was interrupted.
+
+    Returns:
+        {"tokens", "seconds"}: trained on, and wall-clock time of the stage, earlier attempts included.
+
+    Raises:
+        SystemExit: where training was stopped before its last step (a signal); the run can be resumed.
+    """
+    data = build(stage_data(config, stage.name), "data", tokenizer=tokenizer)
+    data.prepare_data()
+    devices = (
+        config.trainer.devices * config.trainer.num_nodes if isinstance(config.trainer.devices, int) else 1
+    )
+    tokens_per_step = data.row_length * data.rows_per_device * stage.accumulate * devices
+    module = ConversionModule(
+        student,
+        teacher,
+        stage,
+        tokenizer=tokenizer,
+        tokens_per_step=tokens_per_step,
+        tokens_before=tokens_before,
+    )
+    resume = newest_checkpoint(run_folder / "checkpoints" / stage.name)
+    loggers = [build(logger, f"logger.{name}") for name, logger in config.logger.items() if logger]
+    callbacks = [
+        build(callback, f"callbacks.{name}") for name, callback in config.callbacks.items() if callback
+    ]
+    for table in (logger for logger in loggers if isinstance(logger, MetricsCsv)):
+        table.begin_stage(stage.name, tokens_before, tokens_per_step)
+        table.truncate_after(stage.name, -1 if resume is None else int(resume.stem.removeprefix("step-")))
+    if resume is not None:
+        log.info("Stage %s goes on from %s", stage.name, resume)
+    trainer = build_trainer(config, stage, module.steps, loggers, callbacks)
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    if trainer.global_step < module.steps:
+        log.warning(
+            "Stage %s stopped at step %d of %d; resume it with ckpt_path=auto.",
+            stage.name,
+            trainer.global_step,
+            module.steps,
+        )
+        raise SystemExit(1)
+    clock = next(
+        (c.seconds for c in callbacks if type(c).__name__ == "Throughput"), time.perf_counter() - started
+    )
+    return {"tokens": module.steps * tokens_per_step, "seconds": clock}
+
+
+def build_trainer(
+    config: DictConfig, stage: StageConfig, steps: int, loggers: list, callbacks: list[pl.Callback]
+) -> pl.Trainer:
+    """The Lightning trainer of one stage."""
+    options = config.trainer
+    validates = stage.validate_every_steps > 0
+    shows_progress = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
+    return pl.Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        strategy=config.strategy.lightning,
+        precision=options.precision,
+        deterministic=options.deterministic,
+        profiler=options.profiler,
+        max_steps=steps,
+        accumulate_grad_batches=stage.accumulate,
+        gradient_clip_val=stage.gradient_clip or None,
+        log_every_n_steps=stage.log_every_steps,
+        val_check_interval=stage.validate_every_steps * stage.accumulate if validates else None,
+        check_val_every_n_epoch=None if validates else 1,
+        limit_val_batches=1.0 if validates else 0,
+        num_sanity_val_steps=0,
+        logger=loggers,
+        callbacks=callbacks,
+        enable_checkpointing=False,  # callbacks.checkpoint saves
+        enable_model_summary=False,
+        enable_progress_bar=shows_progress,
+        use_distributed_sampler=False,  # Lightning's would shuffle; data.loader divides rows itself
+    )
