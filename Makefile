@@ -12,7 +12,8 @@ MARKERS ?= not slow and not network
 
 VENV := .venv/bin
 STAMP := .venv/.requirements-installed
-USABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+USABLE := import ensurepip, venv; $(RECENT)
 HAS_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
 
 .PHONY: help setup quickstart test lint format bench gpu-check clean
@@ -23,7 +24,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## build .venv with the pinned packages; once, and again when requirements.txt changes
 
 $(STAMP): requirements.txt
-	@if ! $(VENV)/python -c "$(USABLE)" 2>/dev/null || ! $(VENV)/python -m pip --version >/dev/null 2>&1; then \
+	@if ! $(VENV)/python -c "$(RECENT)" 2>/dev/null || ! $(VENV)/python -m pip --version >/dev/null 2>&1; then \
 	    found=; \
 	    for candidate in $(or $(PYTHON),python3.11 python3.12 python3.13 python3 python); do \
 	        if $$candidate -c "$(USABLE)" 2>/dev/null; then found=$$candidate; break; fi; \
@@ -47,8 +48,8 @@ $(STAMP): requirements.txt
 quickstart: setup  ## convert the bundled teacher on real text, on the CPU; ends with a table and plots
 	$(VENV)/python train.py experiment=quickstart
 
-test: setup  ## run the CPU test suite in $(JOBS) processes
-	$(VENV)/python -m pytest tests -n $(JOBS) -m "$(MARKERS)"
+test: setup  ## run the CPU test suite in two processes (JOBS=)
+	$(VENV)/python -m pytest tests -n $(JOBS) --dist loadgroup -m "$(MARKERS)"
 
 lint: setup  ## check style and spelling, changing nothing
 	$(VENV)/ruff check .
@@ -74,9 +75,10 @@ gpu-check:  ## run the gpu tests and the kernel benchmarks where a GPU is; PYTHO
 	    exit 1; \
 	fi; \
 	if [ -z "$$found" ]; then echo "gpu-check: no GPU here; nothing was run"; exit 0; fi; \
-	echo "gpu-check: $$found, $$($$found -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name())')"; \
+	echo "gpu-check: $$found has a GPU:"; \
+	$$found -c 'import torch; print("torch", torch.__version__, "on", torch.cuda.get_device_name())'; \
 	files=$$(grep -lE 'mark\.(multi_)?gpu' tests/test_*.py || true); \
-	if [ -n "$$files" ]; then $$found -m pytest $$files -m "gpu or multi_gpu"; \
+	if [ -n "$$files" ]; then $$found -m pytest -rs $$files -m "gpu or multi_gpu"; \
 	else echo "gpu-check: no test is marked gpu yet"; fi; \
 	if ! $$found -c "import hydra" 2>/dev/null; then \
 	    echo "gpu-check: the benchmarks did not run: $$found lacks hydra; the versions are in requirements.txt:" >&2; \

@@ -6,7 +6,6 @@ nearer to the teacher: align, select, distill, ... The run folder holds everythi
     export need.
 """
 
-import shutil
 import time
 
 import hydra
@@ -22,9 +21,9 @@ def main(config: DictConfig) -> None:
     launch.check(config)
     from models.student_folder import save_student
     from models.teacher import load_teacher
-    from pipeline.results import finish, measure_teacher, record_stage
-    from pipeline.stages import run_stage
-    from pipeline.students import TRANSFER, reference_loss, starting_student, student_folder
+    from pipeline.results import HeldOut, finish, log_kernel
+    from pipeline.stages import remove_step_checkpoints, run_stage
+    from pipeline.students import TRANSFER, starting_student, student_folder
     from reports.journal import Journal
 
     run = launch.begin(config)
@@ -34,28 +33,26 @@ def main(config: DictConfig) -> None:
     teacher_config = launch.build(config.teacher, "teacher")
     teacher = load_teacher(teacher_config) if teacher_config.path else None
     student = starting_student(config, teacher, tokenizer, journal, run)
+    log_kernel(student)
     if config.dry_run:
         launch.show_plan(config, student)
         return
-    data = launch.build(config.data, "data", tokenizer=tokenizer)
-    measure_teacher(teacher, data, journal)
-    transfer_loss = reference_loss(config, journal)
-    if teacher is not None and transfer_loss is None:
-        seconds = time.perf_counter() - started
-        record_stage(TRANSFER, student, teacher, data, journal, tokens=0, seconds=seconds, transfer_loss=None)
-        transfer_loss = reference_loss(config, journal)
+    held_out = HeldOut(config, launch.build(config.data, "data", tokenizer=tokenizer), teacher, journal)
+    held_out.measure_teacher()
+    if teacher is not None and config.init_from is None:
+        held_out.record(TRANSFER, student, tokens=0, seconds=time.perf_counter() - started)
 
     for name in config.stages:
         if journal.stage(name):
             continue
         stage = launch.build(config.stage[name], f"stage.{name}")
-        student, cost, facts = run_stage(config, stage, student, teacher, tokenizer, journal, run)
+        student, facts = run_stage(config, stage, student, teacher, tokenizer, journal, run)
         save_student(student_folder(run, name), student, tokenizer, stage=name)
-        record_stage(name, student, teacher, data, journal, **cost, transfer_loss=transfer_loss, facts=facts)
+        held_out.record(name, student, **facts)
+        remove_step_checkpoints(run, name)
 
     save_student(run / "student", student, tokenizer, stage=config.stages[-1])
     finish(config, student, teacher, journal, run)
-    shutil.rmtree(run / "checkpoints", ignore_errors=not config.callbacks.get("checkpoint"))
 
 
 if __name__ == "__main__":

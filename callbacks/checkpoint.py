@@ -24,7 +24,7 @@ class CheckpointError(ValueError):
 class DurableCheckpoint(pl.Callback):
     """Saves `<folder>/<stage>/step-<n>.ckpt` every so many optimiser steps, and keeps the newest ones.
 
-    A file is written beside its final name, flushed to disk and renamed, with a `.sha256` file beside it, so
+    A file is written beside its final name, flushed to disk and renamed, with its hash in a `.json` file beside it, so
     a killed
     run or a flipped bit is noticed instead of loaded. Must stand last among the callbacks, so that it saves
     the state
@@ -64,10 +64,10 @@ class DurableCheckpoint(pl.Callback):
         unfinished = path.with_suffix(".writing")
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
-            publish(unfinished, path)
+            publish(unfinished, path, _step_metrics(trainer))
             for _, old in _by_step(self.folder)[: -self.keep]:
                 old.unlink()
-                digest_path(old).unlink(missing_ok=True)
+                facts_path(old).unlink(missing_ok=True)
         trainer.strategy.barrier()
         return path
 
@@ -100,16 +100,21 @@ class RandomState(pl.Callback):
         self._pending = None
 
 
-def publish(unfinished: Path, path: Path) -> None:
-    """Flushes a finished file to disk and gives it its final name, its hash first."""
+def publish(unfinished: Path, path: Path, metrics: dict[str, float]) -> None:
+    """Flushes a finished file to disk and gives it its final name, the facts about it first.
+
+    Args:
+        unfinished: the complete file under another name in the same folder.
+        path: its final name.
+        metrics: of the step; loggers write them only after the checkpoint, so a killed run would lose them.
+    """
     digest = hashlib.sha256()
     with unfinished.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)
         os.fsync(file.fileno())
-    digest_path(path).write_text(
-        json.dumps({"sha256": digest.hexdigest(), "bytes": unfinished.stat().st_size})
-    )
+    facts = {"sha256": digest.hexdigest(), "bytes": unfinished.stat().st_size, "metrics": metrics}
+    facts_path(path).write_text(json.dumps(facts))
     os.replace(unfinished, path)
 
 
@@ -126,18 +131,35 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file has the size and hash that were stored beside it."""
+    """Whether a file has the hash that was stored beside it."""
     try:
-        expected = json.loads(digest_path(path).read_text())
+        expected = json.loads(facts_path(path).read_text())["sha256"]
     except (OSError, json.JSONDecodeError):
         return False
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
+        return hashlib.file_digest(file, "sha256").hexdigest() == expected
 
 
-def digest_path(path: Path) -> Path:
-    """Where the hash of a file stands."""
-    return path.with_name(path.name + ".sha256")
+def facts_path(path: Path) -> Path:
+    """Where hash, size and metrics of a checkpoint stand."""
+    return path.with_name(path.name + ".json")
+
+
+def checkpoint_step(path: Path) -> int:
+    """Optimiser steps completed when a checkpoint was saved."""
+    return int(CHECKPOINT.fullmatch(path.name)[1])
+
+
+def checkpoint_metrics(path: Path) -> dict[str, float]:
+    """What was logged at the step of a checkpoint; empty where that step was not one to log."""
+    return json.loads(facts_path(path).read_text())["metrics"]
+
+
+def _step_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    if trainer.global_step % trainer.log_every_n_steps:
+        return {}
+    named = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in named if "/" in name and "/validation_" not in name}
 
 
 def _by_step(folder: Path) -> list[tuple[int, Path]]:

@@ -3,6 +3,7 @@
 import datetime
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import hydra
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger(__name__)
@@ -52,23 +53,22 @@ def plain_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], N
             main(config)
         except (ValueError, InstantiationException, OmegaConfBaseException) as error:
             log.debug("Traceback of the error below", exc_info=True)
-            print(f"Error: {_plain(error)}", file=sys.stderr)
+            print(f"Error: {plain_message(error)}", file=sys.stderr)
             sys.exit(2)
 
     return wrapped
 
 
-def _plain(error: Exception) -> str:
-    """The root cause; where Hydra built the object, with the config key."""
-    if not isinstance(error, InstantiationException):
-        return str(error)
-    lines = str(error).splitlines()
-    where = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    cause = error.__cause__ or error.__context__
-    while isinstance(cause, InstantiationException) and (cause.__cause__ or cause.__context__):
-        cause = cause.__cause__ or cause.__context__
-    text = str(cause) if cause is not None else lines[0]
-    return f"config key {where}: {text}" if where and where not in text else text
+def plain_message(error: Exception) -> str:
+    """What went wrong, without the machinery around it."""
+    return _root_cause(error) if isinstance(error, InstantiationException) else str(error)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The message of the exception that Hydra wrapped, or of Hydra's own."""
+    while isinstance(error, InstantiationException) and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__
+    return str(error)
 
 
 def begin(config: DictConfig) -> Path:
@@ -89,13 +89,29 @@ def begin(config: DictConfig) -> Path:
             f"ckpt_path: {folder} is finished; start a new run, or continue it with init_from={folder}."
         )
     save_config(config, folder)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quieten()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     log.info("Run folder: %s", folder)
     return folder
+
+
+def device(config: DictConfig) -> str:
+    """Where models are measured outside a trainer: on the first GPU if the trainer uses one, or the CPU."""
+    import torch
+
+    return "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _quieten() -> None:
+    """Keeps advertisements, bars of loading and saving, and other people's deprecations out of the log."""
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 def save_config(config: DictConfig, folder: Path) -> None:
@@ -124,17 +140,11 @@ def save_config(config: DictConfig, folder: Path) -> None:
 
 
 def build(config: Any, key: str, **arguments: Any) -> Any:
-    """Instantiates one config, its lists and dictionaries as plain Python ones.
-
-    Raises:
-        ValueError: where a required key (`???`) is missing, naming it.
-    """
-    missing = OmegaConf.missing_keys(config) if isinstance(config, DictConfig | ListConfig) else set()
-    if missing:
-        raise ValueError(
-            f"these config keys need a value: {', '.join(f'{key}.{name}' for name in sorted(missing))}."
-        )
-    return hydra.utils.instantiate(config, _convert_="all", **arguments)
+    """Instantiates the config at `key`, its lists and dictionaries as plain Python ones."""
+    try:
+        return hydra.utils.instantiate(config, _convert_="all", **arguments)
+    except InstantiationException as error:
+        raise ValueError(f"{key}: {_root_cause(error)}") from error
 
 
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
@@ -159,6 +169,9 @@ def check(config: DictConfig) -> None:
         ValueError: naming the key and the fix.
         InstantiationException: from Hydra, for a key that a part does not have or a value it refuses.
     """
+    missing = _missing(OmegaConf.to_container(config, resolve=False), "")
+    if missing:
+        raise ValueError(f"these config keys need a value: {', '.join(missing)}.")
     if not config.stages:
         raise ValueError(f"stages is empty; choose from {', '.join(config.stage)}.")
     unknown = [name for name in config.stages if name not in config.stage]
@@ -194,6 +207,15 @@ def check(config: DictConfig) -> None:
         build(stage_data(config, name), "data", tokenizer=None)
     if teacher.path is not None and config.init_from is None:
         _check_student(student, teacher)
+
+
+def _missing(value: Any, key: str) -> list[str]:
+    """Keys whose value is still `???`; omegaconf's own search fails at references to such keys."""
+    if isinstance(value, dict):
+        return [
+            name for inner in value for name in _missing(value[inner], f"{key}.{inner}".removeprefix("."))
+        ]
+    return [key] if value == "???" else []
 
 
 def _check_student(student: Any, teacher: Any) -> None:

@@ -3,6 +3,7 @@
 Shape letters: B rows, T tokens, D hidden width.
 """
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -122,9 +123,12 @@ def provide_context(backbone: nn.Module) -> None:
     row's first real token, as `generate` counts them.
     """
 
+    names = list(inspect.signature(backbone.forward).parameters)
+
     def build(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        kwargs = dict(zip(names, args, strict=False)) | kwargs  # a mask may also be given by its place
         if kwargs.get("sequence_context") is not None:
-            return args, kwargs
+            return (), kwargs
         kwargs["sequence_context"] = context = SequenceContext()
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not mask.all():
@@ -133,6 +137,6 @@ def provide_context(backbone: nn.Module) -> None:
             context.document_ids = mask[:, -tokens:].to(torch.int32) - 1
             if kwargs.get("position_ids") is None:
                 kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)[:, -tokens:]
-        return args, kwargs
+        return (), kwargs
 
     backbone.register_forward_pre_hook(build, with_kwargs=True)

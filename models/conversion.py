@@ -19,6 +19,7 @@ from models.backbone import provide_context
 from models.config import StudentConfig
 from models.layer_plan import ATTENTION
 from models.mixers import MIXERS, AttentionShape, Mixer
+from models.student import student_mixers
 
 log = logging.getLogger(__name__)
 # Mixer part -> field of Architecture that names the teacher's part.
@@ -149,7 +150,8 @@ def restore_attention(
     Args:
         student, teacher: over the same architecture.
         layers: indices.
-        trainable: whether the student gets its own float32 copy; otherwise it borrows the teacher's module.
+        trainable: whether the student gets its own float32 copy, for good; otherwise it borrows the teacher's
+            module, until `replace_attention` puts the mixers back.
 
     Returns:
         The modules that stood there before.
@@ -159,7 +161,11 @@ def restore_attention(
         modules = {
             index: copy.deepcopy(module).float().requires_grad_(True) for index, module in modules.items()
         }
-    return replace_attention(student, modules)
+    before = replace_attention(student, modules)
+    if trainable:  # for good: another mixer may now be the first
+        for mixer in list(student_mixers(student).values())[:1]:
+            mixer.become_first()
+    return before
 
 
 def transfer_table(

@@ -72,16 +72,14 @@ class ConversionModule(pl.LightningModule):
         metrics = {f"{self.stage_name}/{name}": value for name, value in terms.parts.items()}
         metrics |= {f"{self.stage_name}/layer_{i}/alignment": value for i, value in terms.per_layer.items()}
         metrics[f"{self.stage_name}/total"] = terms.total.detach()
+        metrics |= {f"{self.stage_name}/learning_rate/{group}": rate for group, rate in self._rates().items()}
         self.log_dict(metrics)
         return terms.total
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Logs the learning rates that the step just used."""
-        step = self.trainer.global_step - 1
-        rates = {name: self.stage.rate_at(name, max(step, 0), self.steps) for name in self._groups}
-        self.log_dict(
-            {f"{self.stage_name}/learning_rate/{name}": rate for name, rate in rates.items() if rate}
-        )
+    def _rates(self) -> dict[str, float]:
+        """The learning rates of the coming optimiser step."""
+        trained = (group for group in self._groups if self.stage.learning_rate[group])
+        return {group: self.stage.rate_at(group, self.trainer.global_step, self.steps) for group in trained}
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Held-out loss, and with a teacher its KL and agreement."""

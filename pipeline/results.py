@@ -12,12 +12,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 import kernels
 from callbacks.metrics_csv import read_metrics
+from conf import launch
 from models.decoding import decoding_cost
 from models.evaluation import held_out_row
 from models.sequence_state import cache_bytes_per_row
 from models.student import count_parameters, student_mixers
 from models.student_folder import Student
-from pipeline.students import TRANSFER
+from pipeline.students import TRANSFER, reference_loss
 from reports.journal import Journal
 from reports.report import draw_plots, write_report
 from reports.summary import stage_entry, write_summary
@@ -26,49 +27,67 @@ from reports.table import summary_table
 log = logging.getLogger(__name__)
 
 
-def measure_teacher(teacher: PreTrainedModel | None, data: Any, journal: Journal) -> None:
-    """Records the teacher's held-out figures, once."""
-    if teacher is None or "teacher" in journal.facts:
-        return
-    row, positions = held_out_row(teacher, None, data.validation_batches(), data.copy_batches())
-    log.info("Teacher: %s", _words(row))
-    journal.note(teacher={**row, "positions": positions["loss"]})
+class HeldOut:
+    """The held-out text of a run, and the ledger of how teacher and student do on it.
 
+    Args:
+        config: of the run.
+        data: the data module; its held-out rows are the same for every run.
+        teacher: or None.
+        journal: where each row of the results table is kept.
+    """
 
-def record_stage(
-    name: str,
-    student: Student,
-    teacher: PreTrainedModel | None,
-    data: Any,
-    journal: Journal,
-    *,
-    tokens: int,
-    seconds: float,
-    transfer_loss: float | None,
-    facts: dict[str, Any] | None = None,
-) -> None:
-    """Measures the student as a stage has left it and adds the row to the journal."""
-    row, positions = held_out_row(student.model, teacher, data.validation_batches(), data.copy_batches())
-    entry = stage_entry(
-        name=name,
-        loss=row["loss"],
-        tokens=tokens,
-        seconds=seconds,
-        kl=row.get("kl"),
-        top1_agreement=row.get("top1_agreement"),
-        copy_gain=row["copy_gain"],
-        transfer_loss=row["loss"] if name == TRANSFER else transfer_loss,
-        teacher_loss=journal.facts.get("teacher", {}).get("loss"),
-    )
-    copies = {key: row[key] for key in ("copy_first", "copy_second")}
-    journal.add({**entry, **copies, "positions": positions["loss"], **(facts or {})})
-    log.info("After %s: %s", name, _words(row))
+    def __init__(self, config: DictConfig, data: Any, teacher: PreTrainedModel | None, journal: Journal):
+        self.config, self.teacher, self.journal = config, teacher, journal
+        self.device = launch.device(config)
+        self.batches, self.copies = data.validation_batches(), data.copy_batches()
+
+    def measure_teacher(self) -> None:
+        """Records the teacher's figures, once."""
+        if self.teacher is None or "teacher" in self.journal.facts:
+            return
+        row, positions = held_out_row(self.teacher.to(self.device), None, self.batches, self.copies)
+        log.info("Teacher: %s", _words(row))
+        self.journal.note(teacher={**row, "positions": positions["loss"]})
+
+    def record(self, name: str, student: Student, *, tokens: int, seconds: float, **facts: Any) -> None:
+        """Measures the student as a stage has left it and adds the row to the journal, unless it is there.
+
+        Args:
+            name: of the stage.
+            student: its state after the stage.
+            tokens, seconds: the stage's own.
+            facts: kept beside the figures.
+        """
+        if self.journal.stage(name):
+            return
+        models = [model for model in (student.model, self.teacher) if model is not None]
+        for model in models:
+            model.to(self.device)
+        row, positions = held_out_row(student.model, self.teacher, self.batches, self.copies)
+        entry = stage_entry(
+            name=name,
+            loss=row["loss"],
+            tokens=tokens,
+            seconds=seconds,
+            kl=row.get("kl"),
+            top1_agreement=row.get("top1_agreement"),
+            copy_gain=row["copy_gain"],
+            transfer_loss=row["loss"] if name == TRANSFER else reference_loss(self.config, self.journal),
+            teacher_loss=self.journal.facts.get("teacher", {}).get("loss"),
+        )
+        copies = {key: row[key] for key in ("copy_first", "copy_second")}
+        self.journal.add({**entry, **copies, "positions": positions["loss"], **facts})
+        log.info("After %s: %s", name, _words(row))
 
 
 def finish(
     config: DictConfig, student: Student, teacher: PreTrainedModel | None, journal: Journal, folder: Path
 ) -> None:
     """Writes summary.json, plots and report.md, and prints the table."""
+    for model in (student.model, teacher):
+        if model is not None:
+            model.to(launch.device(config))
     summary = run_summary(config, student, teacher, journal)
     positions = {stage["name"]: stage["positions"] for stage in journal.stages if stage["name"] != "select"}
     teacher_positions = journal.facts.get("teacher", {}).get("positions")
@@ -128,6 +147,13 @@ def chosen_kernel(model: PreTrainedModel) -> dict[str, Any]:
         return {"backend": mixer.options.backend, "reason": "named in the config"}
     device = next(model.parameters()).device
     return kernels.explain("wkv7", device=device, dtype=torch.float32, head_size=mixer.shape.head_size)
+
+
+def log_kernel(student: Student) -> None:
+    """Logs which backend the student's operator runs on, why, and why not the others."""
+    choice = chosen_kernel(student.model)
+    rejected = "".join(f"; not {name}: {why}" for name, why in choice.get("rejected", {}).items())
+    log.info("Kernel wkv7: %s (%s)%s", choice["backend"], choice["reason"], rejected)
 
 
 @torch.no_grad()

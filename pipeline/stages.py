@@ -8,14 +8,13 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.launch import build
+from conf.launch import device as device_of
 from models.layer_plan import ATTENTION
 from models.selection import SelectLayers
 from models.student_folder import Student
 from pipeline.students import with_kept_layers
 from pipeline.training import train_stage
 from reports.journal import Journal
-
-Cost = dict[str, float]
 
 
 def run_stage(
@@ -26,11 +25,11 @@ def run_stage(
     tokenizer: PreTrainedTokenizerBase,
     journal: Journal,
     run_folder: Path,
-) -> tuple[Student, Cost, dict[str, Any]]:
+) -> tuple[Student, dict[str, Any]]:
     """Runs a training stage or a selection.
 
     Returns:
-        The student afterwards, {"tokens", "seconds"} of the stage, and facts for its row in the journal.
+        The student afterwards, and the stage's facts for the journal: tokens, seconds and what it found out.
     """
     if isinstance(stage, SelectLayers):
         return select_layers(config, stage, student, teacher, tokenizer, journal)
@@ -43,7 +42,7 @@ def run_stage(
         run_folder=run_folder,
         tokens_before=journal.tokens(),
     )
-    return student, cost, {}
+    return student, cost
 
 
 def select_layers(
@@ -53,10 +52,13 @@ def select_layers(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     journal: Journal,
-) -> tuple[Student, Cost, dict[str, Any]]:
+) -> tuple[Student, dict[str, Any]]:
     """Scores every replaced layer on training rows, and gives the best ones the teacher's attention back."""
     started = time.perf_counter()
     data = build(config.data, "data", tokenizer=tokenizer)
+    device = device_of(config)
+    student.model.to(device)
+    teacher.to(device)
     replaced = [index for index, name in enumerate(student.plan) if name != ATTENTION]
     scores = stage.scores(student.model, teacher, replaced, *data.calibration_batches(stage.rows))
     kept = stage.choose(scores)
@@ -67,4 +69,11 @@ def select_layers(
     ]
     all_kept = [index for index, name in enumerate(chosen.plan) if name == ATTENTION]
     journal.note(selection={"scores": every, "kept": all_kept, "label": label})
-    return chosen, {"tokens": 0, "seconds": time.perf_counter() - started}, {"scores": every, "kept": kept}
+    seconds = time.perf_counter() - started
+    return chosen, {"tokens": 0, "seconds": seconds, "scores": every, "kept": kept}
+
+
+def remove_step_checkpoints(run_folder: Path, stage: str) -> None:
+    """Deletes the optimiser checkpoints of a finished stage, whose student folder is all that is still needed."""
+    for path in (run_folder / "checkpoints" / stage).glob("step-*"):
+        path.unlink()

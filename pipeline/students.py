@@ -2,6 +2,8 @@
 
 import csv
 import logging
+import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from reports.journal import Journal
 
 log = logging.getLogger(__name__)
 TRANSFER = "transfer"
+LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
 def starting_student(
@@ -88,9 +91,13 @@ def write_transfer_table(rows: list[TransferRow], path: Path) -> None:
 
 
 def log_transfer(rows: list[TransferRow]) -> None:
-    """Logs what became of every tensor."""
-    width = max(len(row.source) for row in rows)
+    """Logs what became of every tensor; layers that fare alike share a line."""
+    alike = Counter(TransferRow(*(LAYER_NUMBER.sub(".*.", cell) for cell in row)) for row in rows)
+    width = max(len(row.source) for row in alike)
     lines = [
-        f"{row.source or '-':{width}}  {row.action:12}  {row.target or '-'}  {row.shape}" for row in rows
+        f"{count:4} x  {row.source or '-':{width}}  {row.action:7}  {row.target or '-'}  {row.shape}"
+        for row, count in alike.items()
     ]
-    log.info("Weight transfer (teacher tensor, action, student tensor, shape):\n%s", "\n".join(lines))
+    log.info(
+        "Weight transfer (tensors, in the teacher, action, in the student, shape):\n%s", "\n".join(lines)
+    )

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from callbacks.checkpoint import newest_checkpoint
+from callbacks.checkpoint import checkpoint_metrics, checkpoint_step, newest_checkpoint
 from callbacks.metrics_csv import MetricsCsv
 from conf.launch import build, stage_data
 from models.distill_module import ConversionModule
@@ -56,7 +56,7 @@ def train_stage(
     ]
     for table in (logger for logger in loggers if isinstance(logger, MetricsCsv)):
         table.begin_stage(stage.name, tokens_before, tokens_per_step)
-        table.truncate_after(stage.name, -1 if resume is None else int(resume.stem.removeprefix("step-")))
+        _rewind(table, stage.name, resume)
     if resume is not None:
         log.info("Stage %s goes on from %s", stage.name, resume)
     trainer = build_trainer(config, stage, module.steps, loggers, callbacks)
@@ -74,6 +74,16 @@ def train_stage(
         (c.seconds for c in callbacks if type(c).__name__ == "Throughput"), time.perf_counter() - started
     )
     return {"tokens": module.steps * tokens_per_step, "seconds": clock}
+
+
+def _rewind(table: MetricsCsv, stage: str, checkpoint: Path | None) -> None:
+    """Makes metrics.csv end with the step that the stage goes on from."""
+    if checkpoint is None:
+        table.truncate_after(stage, -1)
+        return
+    step = checkpoint_step(checkpoint)
+    table.truncate_after(stage, step - 1)
+    table.record(checkpoint_metrics(checkpoint), step=step)
 
 
 def build_trainer(

@@ -55,3 +55,6 @@ class Mixer(nn.Module):
     options_class: ClassVar[type[Any]]
     head_sizes: ClassVar[tuple[int, ...]]
     layer_index: int
+
+    def become_first(self) -> None:
+        """Drops what only a later mixer has, because the mixers before it have gone."""

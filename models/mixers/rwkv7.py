@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from kernels.wkv7 import HEAD_SIZES, wkv7
+from kernels.wkv7 import BACKENDS, HEAD_SIZES, wkv7
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, Mixer
 from models.mixers.low_rank import LowRank, rounded_rank
@@ -58,15 +58,18 @@ class RWKV7Options:
     def __post_init__(self) -> None:
         if self.gate not in GATES:
             raise ValueError(
-                f"student.rwkv7.gate={self.gate!r} is unknown; choose one of {', '.join(GATES)}."
+                f"student.mixers.rwkv7.gate={self.gate!r} is unknown; choose one of {', '.join(GATES)}."
             )
         if self.written_key not in WRITTEN_KEYS:
             raise ValueError(
-                f"student.rwkv7.written_key={self.written_key!r} is unknown; choose one of "
+                f"student.mixers.rwkv7.written_key={self.written_key!r} is unknown; choose one of "
                 f"{', '.join(WRITTEN_KEYS)}."
             )
+        backends = ["auto", *(backend.name for backend in BACKENDS)]
+        if self.backend not in backends:
+            raise ValueError(f"kernel.wkv7={self.backend!r} is unknown; choose one of {', '.join(backends)}.")
         if not 0 < self.rate_range <= 2:
-            raise ValueError(f"student.rwkv7.rate_range={self.rate_range} must lie in (0, 2].")
+            raise ValueError(f"student.mixers.rwkv7.rate_range={self.rate_range} must lie in (0, 2].")
 
 
 class RWKV7Mixer(Mixer):
@@ -127,6 +130,10 @@ class RWKV7Mixer(Mixer):
             nn.Parameter(torch.full((shape.heads, shape.head_size), 0.85)) if raw else None
         )
         self.written_key_mix = nn.Parameter(torch.ones(shape.heads, shape.head_size)) if raw else None
+
+    def become_first(self) -> None:
+        """Drops the value residual: this layer's value is now the first."""
+        self.residual = None
 
     def forward(
         self,

@@ -1,0 +1,79 @@
+"""Runs train.py in a process of its own, small: what the tests of whole runs share."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SMALL = (
+    "experiment=quickstart",
+    "debug=fast",
+    "stage.align.tokens=5120",
+    "stage.distill.tokens=6144",
+    "callbacks.checkpoint.every_steps=2",
+    "callbacks.text_samples.every_steps=0",
+)
+
+
+def command(outputs: Path, cache: Path, *overrides: str) -> list[str]:
+    """The command line of a small run."""
+    folders = [f"paths.outputs={outputs}", f"paths.cache={cache}"]
+    return [sys.executable, "train.py", *SMALL, *folders, *overrides]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a run: as here, and one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+def train(outputs: Path, cache: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Runs to the end; the caller looks at the return code."""
+    return subprocess.run(
+        command(outputs, cache, *overrides),
+        cwd=REPOSITORY,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def train_and_kill(outputs: Path, cache: Path, checkpoint: str, *overrides: str) -> None:
+    """Starts a run and kills it (SIGKILL) as soon as a checkpoint stands in its folder."""
+    process = subprocess.Popen(
+        command(outputs, cache, *overrides),
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not list(outputs.glob(f"*/*/checkpoints/{checkpoint}")):
+        assert process.poll() is None, f"the run ended before {checkpoint} was there"
+        assert time.monotonic() < deadline, f"no {checkpoint} in time"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def run_folder(outputs: Path) -> Path:
+    """The one run folder below `outputs`."""
+    (folder,) = outputs.glob("*/*/config.yaml")
+    return folder.parent
+
+
+def summary(folder: Path) -> dict:
+    """The run's summary.json."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+def losses(folder: Path) -> dict[tuple[str, str, str], str]:
+    """(stage, step, metric) -> value as written, of everything that does not measure time."""
+    with (folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if not row["metric"].startswith("throughput/")]
+    return {(row["stage"], row["step"], row["metric"]): row["value"] for row in rows}

@@ -1,0 +1,166 @@
+"""Every config composes; what is wrong is refused in plain words before anything heavy is loaded."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from conf import launch
+
+CONF = runs.REPOSITORY / "conf"
+RUN_FOLDER = "paths.run_folder=/nowhere"  # Hydra knows its own folder only inside a run
+
+
+@pytest.fixture(autouse=True)
+def composing():
+    launch.register_resolvers()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        yield
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def refusal(*overrides: str) -> str:
+    """What a user reads when a config is refused."""
+    with pytest.raises(Exception) as caught:
+        launch.check(compose("train", overrides=[RUN_FOLDER, *overrides]))
+    return launch.plain_message(caught.value)
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_experiments_compose_and_pass_the_checks(experiment: str):
+    config = compose("train", overrides=[RUN_FOLDER, f"experiment={experiment}"])
+    launch.check(config)
+    OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.mark.parametrize(
+    "group", ["student", "debug", "logger", "kernel", "data", "strategy", "trainer", "callbacks"]
+)
+def test_every_choice_of_a_group_composes(group: str):
+    extra = {
+        "files": ["data.sources.text.paths=[README.md]"],
+        "hub": ["teacher.path=x", "teacher.revision=y"],
+    }
+    for choice in choices(group):
+        if choice == "qwen2_from_scratch":
+            continue  # goes with teacher=none: the experiment pretrain_tiny_teacher
+        overrides = [f"{group}={choice}", *extra.get(choice, [])]
+        launch.check(compose("train", overrides=[RUN_FOLDER, *overrides]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages=[]"], ["stages is empty"]),
+        (["stages=[align,distil]"], ["distil", "unknown", "distill"]),
+        (["stages=[align,align]"], ["twice"]),
+        (["init_from=/nowhere"], ["init_from=/nowhere", "no finished student"]),
+        (["ckpt_path=/nowhere"], ["ckpt_path=/nowhere", "auto"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["teacher.path=/nowhere"], ["teacher.path", "/nowhere", "teacher.revision"]),
+        (["teacher.dtype=float8"], ["teacher.dtype", "bfloat16"]),
+        (["teacher.attention=fast"], ["teacher.attention", "sdpa"]),
+        (["teacher=none"], ["stage.align needs a teacher", "teacher=tiny_qwen2"]),
+        (["student.start=copy"], ["student.start", "random_mixers"]),
+        (["student.layer_plan.keep=[9]"], ["student.layer_plan.keep", "9", "4 layers"]),
+        (["student.layer_plan.layers=[rwkv7,attention]"], ["2 entries", "4 layers"]),
+        (["student.layer_plan.mixer=rwkv9"], ["rwkv9", "unknown", "rwkv7"]),
+        (["student.mixers.rwkv7.gate=wide"], ["gate", "wide", "low"]),
+        (["student.mixers.rwkv7.rate_range=3"], ["rate_range", "(0, 2]"]),
+        (["stage.distill.tokens=0"], ["stage.distill.tokens=0"]),
+        (["stage.distill.schedule=step"], ["stage.distill.schedule", "cosine"]),
+        (["stage.distill.learning_rate.mixers=-1"], ["stage.distill.learning_rate", "negative"]),
+        (["stage.distill.objective.temperature=0"], ["temperature=0", "positive"]),
+        (["stage.align.objective.loss=l3"], ["l3", "relative"]),
+        (["+stage.align.tokenz=5"], ["stage.align", "tokenz"]),
+        (["+data.rows=5"], ["data", "rows"]),
+        (["+stage.align.data.row_lenght=5"], ["stage.align.data", "row_lenght", "row_length"]),
+        (["data.rows_per_device=0"], ["data.rows_per_device=0"]),
+        (["data.repeated_share=2"], ["data.repeated_share=2"]),
+        (["data=files"], ["data.sources.text.paths", "need a value"]),
+        (["data=files", "data.sources.text.paths=[/nowhere]"], ["data.sources", "/nowhere"]),
+        (["stage.select.keep=0", "stages=[select]"], ["stage.select.keep=0"]),
+        (["kernel.wkv7=cuda"], ["cuda", "chunked"]),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_in_words_that_name_it(overrides: list[str], words: list[str]):
+    message = refusal(*overrides)
+    for word in words:
+        assert word in message, message
+    assert "Traceback" not in message and len(message) < 700
+
+
+def test_a_refusal_loads_nothing_heavy_and_exits_with_2():
+    program = (
+        "import sys\nsys.argv = ['train.py', 'stages=[distil]']\n"
+        "import runpy\n"
+        "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as exit:\n    print('code', exit.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=runs.REPOSITORY,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert "code 2 False" in done.stdout, done.stdout + done.stderr
+    assert "Error: stages" in done.stderr
+
+
+def test_a_misspelt_override_is_refused_by_name():
+    done = subprocess.run(
+        [sys.executable, "train.py", "stage.align.tokenz=5"], cwd=runs.REPOSITORY, env=runs.environment(), capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode != 0 and "tokenz" in done.stderr
+
+
+def documented_commands() -> list[str]:
+    pattern = re.compile(r"^\s*python (train|benchmark)\.py(.*?)(?:\s+#.*|\s{3,}.*)?$", re.MULTILINE)
+    pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").rglob("*.md"))]
+    found = {(m[1], m[2].strip()) for page in pages for m in pattern.finditer(page.read_text())}
+    return sorted(" ".join(pair) for pair in found)
+
+
+PLACEHOLDERS = {"<run folder>": "outputs", "<commit>": "main"}
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_compose(command: str):
+    for placeholder, value in PLACEHOLDERS.items():
+        command = command.replace(placeholder, value)
+    script, *arguments = shlex.split(command)
+    overrides = [argument for argument in arguments if argument not in ("-m", "--cfg", "job")]
+    for choice in _first_choices(overrides):
+        compose(script, overrides=choice)
+
+
+def _first_choices(overrides: list[str]) -> list[list[str]]:
+    """A sweep's values one after the other, so that each composes."""
+    swept = [o for o in overrides if re.fullmatch(r"[\w./@+~]+=[^\[\{'\"]*,.*", o)]
+    if not swept:
+        return [overrides]
+    longest = max(len(o.partition("=")[2].split(",")) for o in swept)
+    return [
+        [_nth(o, index) if o in swept else o for o in overrides] for index in range(longest)
+    ]  # fmt: skip
+
+
+def _nth(override: str, index: int) -> str:
+    key, _, values = override.partition("=")
+    options = values.split(",")
+    return f"{key}={options[index % len(options)]}"
+
+
+def test_the_readme_is_covered():
+    assert any("experiment=quickstart" in command for command in documented_commands())
+    assert Path(CONF / "train.yaml").exists()
