@@ -24,11 +24,10 @@ class CheckpointError(ValueError):
 class DurableCheckpoint(pl.Callback):
     """Saves `<folder>/<stage>/step-<n>.ckpt` every so many optimiser steps, and keeps the newest ones.
 
-    A file is written beside its final name, flushed to disk and renamed, with its hash in a `.json` file beside it, so
-    a killed
-    run or a flipped bit is noticed instead of loaded. Must stand last among the callbacks, so that it saves
-    the state
-    the others have after the step. Emits no metric. Precondition: the module has `stage_name`.
+    A file is written beside its final name, flushed to disk and renamed, with its hash in a `.json` file
+    beside it, so a killed run or a flipped bit is noticed instead of loaded. Must stand last among the
+    callbacks, so that it saves the state the others have after the step. Emits no metric. Precondition: the
+    module has `stage_name`.
 
     Args:
         folder: of the run's checkpoints; each stage has a folder in it.

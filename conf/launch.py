@@ -89,7 +89,7 @@ def begin(config: DictConfig) -> Path:
             f"ckpt_path: {folder} is finished; start a new run, or continue it with init_from={folder}."
         )
     save_config(config, folder)
-    _quieten()
+    quieten()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     pl.seed_everything(config.seed, workers=True, verbose=False)
@@ -104,7 +104,7 @@ def device(config: DictConfig) -> str:
     return "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Keeps advertisements, bars of loading and saving, and other people's deprecations out of the log."""
     from transformers.utils import logging as transformers_logging
 
@@ -162,6 +162,17 @@ def stage_data(config: DictConfig, stage: str) -> DictConfig:
     return OmegaConf.merge(config.data, overrides)
 
 
+def check_complete(config: DictConfig) -> None:
+    """Refuses a config in which a required key has no value.
+
+    Raises:
+        ValueError: naming the keys.
+    """
+    missing = _missing(OmegaConf.to_container(config, resolve=False), "")
+    if missing:
+        raise ValueError(f"these config keys need a value: {', '.join(missing)}.")
+
+
 def check(config: DictConfig) -> None:
     """Everything that can be known to be wrong before a weight or a text is loaded.
 
@@ -169,9 +180,7 @@ def check(config: DictConfig) -> None:
         ValueError: naming the key and the fix.
         InstantiationException: from Hydra, for a key that a part does not have or a value it refuses.
     """
-    missing = _missing(OmegaConf.to_container(config, resolve=False), "")
-    if missing:
-        raise ValueError(f"these config keys need a value: {', '.join(missing)}.")
+    check_complete(config)
     if not config.stages:
         raise ValueError(f"stages is empty; choose from {', '.join(config.stage)}.")
     unknown = [name for name in config.stages if name not in config.stage]

@@ -18,8 +18,7 @@ class SequenceContext:
     Args:
         document_ids: [B,T] int32, -1 on padding; None where each row is one document without padding.
         continues: [B] bool, whether the row's first real token continues the document that the decoding state
-            comes
-            from; None means yes.
+            comes from; None means yes.
         first_value: [B,T,G,N] value of the first RWKV layer, set by that layer and read by the later ones.
         local_gradients: whether `first_value` enters later layers without a gradient (layer-wise alignment).
     """
@@ -119,8 +118,7 @@ def provide_context(backbone: nn.Module) -> None:
     """Makes a student usable like any Hugging Face model: builds the context where the caller gives none.
 
     Padding is read from the two-dimensional `attention_mask` [B, cached + T], and positions are counted from
-    each
-    row's first real token, as `generate` counts them.
+    each row's first real token, as `generate` counts them.
     """
 
     names = list(inspect.signature(backbone.forward).parameters)

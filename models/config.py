@@ -18,8 +18,7 @@ class StudentConfig:
         layer_plan: which layers are replaced, and by what.
         mixers: mixer name -> its options, for example {"rwkv7": RWKV7Options()}.
         start: `transfer` (mixers inherit the attention's weights), `random_mixers` (they do not, the rest of
-            the
-            parent does) or `random` (nothing is inherited: the from-scratch control).
+            the parent does) or `random` (nothing is inherited: the from-scratch control).
 
     Raises:
         ValueError: for an unknown start or mixer, or options of the wrong kind.

@@ -129,8 +129,7 @@ def held_out_row(
 
     Returns:
         loss, perplexity, copy_gain, copy_first, copy_second and, with a teacher, kl and top1_agreement; and
-        metric ->
-        mean by position in the row.
+        metric -> mean by position in the row.
     """
     sums = evaluate(model, teacher, batches)
     copies = copy_gain(evaluate(model, None, copy_batches))

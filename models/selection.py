@@ -24,8 +24,7 @@ class SelectLayers:
         name: of the stage.
         keep: how many layers keep attention.
         by: `kl` (drop of KL(teacher || student), on plain rows and repeated passages alike) or `copy` (rise
-            of the
-            copying gain).
+            of the copying gain).
         rows: training rows of each kind that are scored on; held-out text has no part in it.
 
     Raises:

@@ -84,7 +84,17 @@ class StageConfig:
                 raise ValueError(f"{key}.{rates}={dict(given)} must not be negative.")
         if not any(self.learning_rate.values()):
             raise ValueError(f"{key}.learning_rate is 0 for every group; nothing would train.")
-        for name, least in (("tokens", 1), ("warmup_steps", 0), ("accumulate", 1), ("log_every_steps", 1)):
+        changing = [
+            g for g, rate in self.learning_rate.items() if rate and rate != self.final_learning_rate[g]
+        ]
+        if self.schedule == "constant" and changing:
+            raise ValueError(
+                f"{key}.schedule=constant never reaches {key}.final_learning_rate of {', '.join(changing)}; "
+                "make it equal to learning_rate, or choose linear or cosine."
+            )
+        least_values = {"tokens": 1, "warmup_steps": 0, "gradient_clip": 0, "accumulate": 1}
+        least_values |= {"log_every_steps": 1, "validate_every_steps": 0}
+        for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must be at least {least}.")
 
@@ -106,12 +116,12 @@ class StageConfig:
         """Learning rate of a group at optimiser step `step` of `steps`; the last step has the final rate
         exactly."""
         peak, final = self.learning_rate[group], self.final_learning_rate[group]
+        if step >= steps - 1:  # also where the warm-up is longer than the stage
+            return final
         if step < self.warmup_steps:
             return peak * (step + 1) / (self.warmup_steps + 1)
-        span = max(steps - 1 - self.warmup_steps, 1)
-        progress = min((step - self.warmup_steps) / span, 1.0)
-        if SCHEDULES[self.schedule] is _constant:
-            return peak
+        span = steps - 1 - self.warmup_steps
+        progress = (step - self.warmup_steps) / span
         return final + (peak - final) * SCHEDULES[self.schedule](progress)
 
     def build_optimizer(

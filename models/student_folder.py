@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from models.config import StudentConfig, options_from, plain_options
 from models.conversion import install_mixers
 from models.layer_plan import ATTENTION, LayerPlan
+from models.teacher import REPOSITORY, TeacherConfig, load_teacher
 
 DESCRIPTION = "student.json"
 
@@ -75,3 +76,22 @@ def load_student(folder: Path, attention: str = "sdpa") -> Student:
             f"{sorted(unexpected)[:3]}."
         )
     return Student(model.train(), plan, config)
+
+
+def model_folder(path: str) -> Path:
+    """The Hugging Face folder that a path means: a run folder's `student`, or the folder itself.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    for folder in (Path(path) / "student", Path(path), REPOSITORY / path):
+        if (folder / "config.json").exists():
+            return folder
+    raise ValueError(f"model: {path} is neither a finished run nor a Hugging Face folder (no config.json).")
+
+
+def load_model(folder: Path, attention: str = "sdpa") -> PreTrainedModel:
+    """A student or a plain Hugging Face model from a local folder, in float32 and evaluation mode."""
+    if (folder / DESCRIPTION).exists():
+        return load_student(folder, attention).model.eval()
+    return load_teacher(TeacherConfig(path=str(folder), attention=attention))

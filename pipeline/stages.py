@@ -74,6 +74,6 @@ def select_layers(
 
 
 def remove_step_checkpoints(run_folder: Path, stage: str) -> None:
-    """Deletes the optimiser checkpoints of a finished stage, whose student folder is all that is still needed."""
+    """Deletes the optimiser checkpoints of a finished stage; its student folder is all that is needed."""
     for path in (run_folder / "checkpoints" / stage).glob("step-*"):
         path.unlink()

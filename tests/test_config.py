@@ -125,7 +125,7 @@ def test_a_misspelt_override_is_refused_by_name():
 
 
 def documented_commands() -> list[str]:
-    pattern = re.compile(r"^\s*python (train|benchmark)\.py(.*?)(?:\s+#.*|\s{3,}.*)?$", re.MULTILINE)
+    pattern = re.compile(r"^\s*python (train|eval|benchmark)\.py(.*?)(?:\s+#.*|\s{3,}.*)?$", re.MULTILINE)
     pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").rglob("*.md"))]
     found = {(m[1], m[2].strip()) for page in pages for m in pattern.finditer(page.read_text())}
     return sorted(" ".join(pair) for pair in found)

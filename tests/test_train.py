@@ -1,6 +1,9 @@
 """Whole runs: the quickstart in small, a resume after SIGKILL, a continuation, a sweep."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,30 @@ def test_a_damaged_student_is_refused(finished: Path, tmp_path: Path, cache: Pat
     description.write_text(description.read_text().replace('"attention"', '"rwkv7"'))
     done = runs.train(tmp_path / "out", cache, "stages=[distill]", f"init_from={copy}")
     assert done.returncode == 2 and "damaged" in done.stderr
+
+
+def test_eval_finds_what_the_run_measured(finished: Path, tmp_path: Path, cache: Path):
+    small = (
+        "data.row_length=128",
+        "data.validation_rows=4",
+        "data.copy_rows=4",
+        "data.copy_passage_length=64",
+    )
+    options = [
+        *small,
+        f"paths.cache={cache}",
+        f"paths.outputs={tmp_path}",
+        "teacher_folder=assets/tiny_qwen2",
+    ]
+    program = [sys.executable, "eval.py", f"model={finished}", *options]
+    done = subprocess.run(
+        program, cwd=runs.REPOSITORY, env=runs.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (output,) = tmp_path.glob("eval/*/eval.json")
+    found, expected = json.loads(output.read_text()), runs.summary(finished)["stages"][-1]
+    for key in ("loss", "kl", "top1_agreement", "copy_gain"):
+        assert found[key] == pytest.approx(expected[key], rel=1e-6)
 
 
 def test_a_sweep_and_a_dry_run(tmp_path: Path, cache: Path):

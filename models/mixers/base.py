@@ -47,9 +47,8 @@ class Mixer(nn.Module):
 
     A mixer is called by keyword as Hugging Face decoder layers call attention (hidden_states [B,T,D],
     position_embeddings, past_key_values, ...), takes `sequence_context` (models.backbone.SequenceContext)
-    besides, and
-    returns (output [B,T,D], None). Its projections `receptance`, `key`, `value`, `output` and the norms
-    `receptance_norm`, `key_norm` receive the teacher's weights.
+    besides, and returns (output [B,T,D], None). Its projections `receptance`, `key`, `value`, `output` and
+    the norms `receptance_norm`, `key_norm` receive the teacher's weights.
     """
 
     options_class: ClassVar[type[Any]]

@@ -32,15 +32,13 @@ class RWKV7Options:
     Args:
         rope: rotate receptance and key as the teacher rotates query and key.
         gate: `none`, `low` rank or `full` rank; starts at exactly 1 everywhere, so the transferred output
-            path is
-            whole.
+            path is whole.
         value_residual: later layers mix in the first RWKV layer's value.
         token_shift: mix each token with its predecessor; starts at no mixing.
         bonus: extra weight on the current token; starts at 0.
         group_norm: normalise each head's output.
         written_key: `unit` writes a unit-norm key times (1 - decay + rate), so that what is removed is added
-            back;
-            `raw` is the published RWKV-7 form with learned key scales.
+            back; `raw` is the published RWKV-7 form with learned key scales.
         rate_range: the in-context learning rate lies in (0, rate_range); 2 allows negative eigenvalues.
         backend: of the wkv7 operator: auto, cpu, chunked or reference.
     """
