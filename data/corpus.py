@@ -29,8 +29,7 @@ class PythonSources(DocumentSource):
     """The .py files of the running interpreter, read in place; one file is one document.
 
     A file belongs to training or validation by the hash of its path below the root, so that a file stays on
-    its
-    side from one Python version to the next.
+    its side from one Python version to the next.
 
     Args:
         roots: `stdlib` (the standard library, 10-20 MB) and/or `site-packages` (what pip has installed).

@@ -14,6 +14,7 @@ from data.loader import StatefulLoader, collate
 from data.packing import FirstRows, MixedRows, PackedRows, RepeatedPassages, Rows
 from data.token_store import TokenDocuments, prepare_token_store
 
+DIVIDING_FIELDS = ("split", "validation_share", "name")
 VALIDATION_SEED = 0  # validation rows never depend on the run's seed
 
 
@@ -38,6 +39,7 @@ class TextDataModule(pl.LightningDataModule):
         cache_folder: where token stores live.
         max_bad_share: share of bad documents above which the run stops.
         max_document_bytes: longer documents are quarantined.
+        cross_documents: let state, attention and labels run on from one document of a row to the next.
         max_tokens: of each source, its training and validation split together; None takes the whole source.
 
     Raises:
@@ -64,6 +66,7 @@ class TextDataModule(pl.LightningDataModule):
         max_bad_share: float,
         max_document_bytes: int,
         max_tokens: int | None = None,
+        cross_documents: bool = False,
     ):
         super().__init__()
         self.tokenizer, self.seed, self.workers = tokenizer, seed, workers
@@ -83,7 +86,7 @@ class TextDataModule(pl.LightningDataModule):
         self.cache_folder = Path(cache_folder)
         self._stores: dict[DocumentSource, TokenDocuments] = {}
         self.store_options = {"max_bad_share": max_bad_share, "max_document_bytes": max_document_bytes}
-        self.max_tokens = max_tokens
+        self.max_tokens, self.cross_documents = max_tokens, cross_documents
         self._check()
 
     def prepare_data(self) -> None:
@@ -109,7 +112,7 @@ class TextDataModule(pl.LightningDataModule):
         for name, source in self.sources.items():
             weight, store = self.weights.get(name, 1.0), self.store(source)
             if self.repeated_share < 1:
-                parts.append(PackedRows(store, self.row_length, self.seed))
+                parts.append(PackedRows(store, self.row_length, self.seed, self.cross_documents))
                 weights.append(weight * (1 - self.repeated_share))
             if self.repeated_share > 0:
                 lengths = (min(64, self.row_length // 4), self.row_length // 2)
@@ -160,7 +163,7 @@ class TextDataModule(pl.LightningDataModule):
     def _packed(self, sources: Mapping[str, DocumentSource], rows: int, seed: int) -> list[dict[str, Tensor]]:
         taken = []
         for source in sources.values():
-            packed = PackedRows(self.store(source), self.row_length, seed)
+            packed = PackedRows(self.store(source), self.row_length, seed, self.cross_documents)
             taken += [packed.row(index) for index in range(min(rows, packed.rows_per_epoch))]
         return self._batches(taken)
 
@@ -220,8 +223,10 @@ class TextDataModule(pl.LightningDataModule):
                 source.check_tokenizer(self.tokenizer)
 
 
-def _undivided(source: DocumentSource) -> DocumentSource:
-    return dataclasses.replace(source, split="all", validation_share=0.0, name="")
+def _undivided(source: DocumentSource) -> tuple:
+    """What the source reads, before it is divided."""
+    fields = {name: value for name, value in vars(source).items() if name not in DIVIDING_FIELDS}
+    return type(source), fields
 
 
 def _named(sources: Mapping[str, DocumentSource]) -> dict[str, DocumentSource]:

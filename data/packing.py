@@ -33,25 +33,27 @@ class PackedRows:
     """Documents one after the other, in an order shuffled anew each epoch, cut into rows without loss.
 
     A document that does not fit continues in the next row of the epoch's stream (as a document of its own: no
-    state
-    crosses rows). Rows are shuffled within the epoch. Only the tail of an epoch, at most T tokens, is left
-    out.
+    state crosses rows). Rows are shuffled within the epoch. Only the tail of an epoch, at most T tokens, is
+    left out.
 
     Args:
         store: the tokenised documents.
         row_length: T.
         seed: of the order of documents and rows; None keeps the store's order (validation).
+        cross_documents: give all tokens of a row one document number, so that state and attention run on.
     """
 
-    def __init__(self, store: TokenDocuments, row_length: int, seed: int | None):
+    def __init__(
+        self, store: TokenDocuments, row_length: int, seed: int | None, cross_documents: bool = False
+    ):
         self.store, self.row_length, self.seed = store, row_length, seed
+        self.cross_documents = cross_documents
         total = int(store.lengths.sum())
         self.rows_per_epoch = (total - 1) // row_length  # the last label needs one token more
         if self.rows_per_epoch < 1:
             raise ValueError(
                 f"data.row_length={row_length} needs {row_length + 1} tokens, and this split of a source "
-                f"has {total}; "
-                "lower it, or give the source more documents."
+                f"has {total}; lower it, or give the source more documents."
             )
         self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
 
@@ -69,7 +71,7 @@ class PackedRows:
             offset = len(document) - (int(ends[first + number]) - start - filled)
             piece = document[offset : offset + self.row_length + 1 - filled]
             tokens[filled : filled + len(piece)] = piece
-            ids[filled : filled + len(piece)] = number
+            ids[filled : filled + len(piece)] = 0 if self.cross_documents else number
             filled, number = filled + len(piece), number + 1
         return shifted_row(tokens, ids)
 

@@ -104,9 +104,8 @@ def prepare_token_store(
     """Opens the source's token store, and writes it first where it is missing.
 
     The folder's name is a hash of the source's fingerprint, the tokenizer and the options, so changed inputs
-    never
-    meet an old cache. Two processes that ask at once write it once. `max_tokens` ends both splits of the
-    source
+    never meet an old cache. Two processes that ask at once write it once. `max_tokens` ends both splits of
+    the source
     together: the document that fills this split's share of it is the last; None takes the whole source.
 
     Raises:

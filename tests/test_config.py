@@ -118,9 +118,9 @@ def test_a_refusal_loads_nothing_heavy_and_exits_with_2():
 
 
 def test_a_misspelt_override_is_refused_by_name():
-    done = subprocess.run(
-        [sys.executable, "train.py", "stage.align.tokenz=5"], cwd=runs.REPOSITORY, env=runs.environment(), capture_output=True, text=True
-    )  # fmt: skip
+    program = [sys.executable, "train.py", "stage.align.tokenz=5"]
+    options = {"cwd": runs.REPOSITORY, "env": runs.environment(), "capture_output": True, "text": True}
+    done = subprocess.run(program, **options)
     assert done.returncode != 0 and "tokenz" in done.stderr
 
 
