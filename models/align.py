@@ -55,14 +55,14 @@ def aligned_layers(
     differentiable = torch.is_grad_enabled() and bool(parameters)
 
     def align_layer(index: int, mixer: nn.Module, kwargs: dict[str, Any], target: Tensor) -> None:
-        own = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
-        with torch.set_grad_enabled(differentiable and bool(own)):
+        with torch.set_grad_enabled(differentiable):
             output, _ = mixer(**kwargs)
             chosen = slice(None) if real is None else real
             loss = token_loss(output[chosen].flatten(0, -2), target[chosen].flatten(0, -2)).mean()
             share = loss / len(mixers)
         losses[index] = loss.detach()
-        if loss.requires_grad:
+        if loss.requires_grad:  # a mixer may be frozen as a whole
+            own = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
             gradients.update(zip(own, differentiate(share, own), strict=True))
 
     handles = [

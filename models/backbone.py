@@ -93,7 +93,7 @@ def _continues(document_ids: Tensor, queries: int) -> Tensor | None:
         return None
     last = torch.where(before >= 0, before, -1).amax(1)  # ids do not decrease along a row
     first = torch.where(now >= 0, now, torch.iinfo(now.dtype).max).amin(1)
-    return (first == last) | (last < 0) | (now < 0).all(1)
+    return (first == last) | (now < 0).all(1)
 
 
 def hidden_states(

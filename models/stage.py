@@ -150,7 +150,7 @@ class StageConfig:
 
 def _factor(stage: StageConfig, group: str, steps: int) -> Callable[[int], float]:
     peak = stage.learning_rate[group]
-    return lambda step: stage.rate_at(group, min(step, steps - 1), steps) / peak
+    return lambda step: stage.rate_at(group, step, steps) / peak
 
 
 def freeze_all_but(module: nn.Module, parameters: list[nn.Parameter]) -> None:

@@ -1,0 +1,238 @@
+"""Held-out metrics against dense computations and hand-made examples."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import packed_batch, random_ids, tiny_student, tiny_teacher
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models import evaluation
+from models.architectures import attention_modules
+from models.evaluation import MetricSums, batch_metrics, copy_gain, evaluate, held_out_row
+from models.losses import IGNORED
+from models.selection import SelectLayers
+
+ROWS = [[9, 14, -3], [-4, 22]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """One core: the tests run beside others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A teacher and a student."""
+    teacher = tiny_teacher()
+    return teacher, tiny_student(teacher, (1,))
+
+
+def test_a_model_agrees_with_itself(models):
+    teacher, _ = models
+    means = batch_metrics(teacher, teacher, packed_batch(ROWS)).means()
+    assert means["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert means["top1_agreement"] == 1.0
+    assert means["loss"] == means["teacher_loss"]
+
+
+def test_an_all_attention_student_agrees_with_its_teacher():
+    teacher = tiny_teacher("qwen2_tied")
+    means = batch_metrics(tiny_student(teacher, (0, 1, 2), noise=0.0), teacher, packed_batch(ROWS)).means()
+    assert means["kl"] == pytest.approx(0.0, abs=1e-7) and means["top1_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("chunk", [5, 2048])
+def test_metrics_equal_a_dense_computation_document_by_document(models, chunk, monkeypatch):
+    monkeypatch.setattr(evaluation, "CHUNK_TOKENS", chunk)
+    teacher, student = models
+    batch = packed_batch(ROWS)
+    sums = batch_metrics(student, teacher, batch)
+    wanted = {"loss": 0.0, "teacher_loss": 0.0, "kl": 0.0, "top1_agreement": 0.0}
+    tokens = 0
+    with torch.no_grad():
+        for row, document in ((0, 0), (0, 1), (1, 0)):
+            ids = batch["input_ids"][row, batch["document_ids"][row] == document][None]
+            ours, theirs = (model(ids).logits[0, :-1].double() for model in (student, teacher))
+            wanted["loss"] += F.cross_entropy(ours, ids[0, 1:], reduction="sum").item()
+            wanted["teacher_loss"] += F.cross_entropy(theirs, ids[0, 1:], reduction="sum").item()
+            wanted["kl"] += F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="sum").item()
+            wanted["top1_agreement"] += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+            tokens += ids.shape[1] - 1
+    assert sums.tokens == tokens and sums.sums.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert sums.sums[name] == pytest.approx(value, rel=1e-4), name
+        assert sums.means()[name] == pytest.approx(value / tokens, rel=1e-4)
+
+
+def test_sums_by_position_add_up_to_the_totals(models):
+    teacher, student = models
+    batch = packed_batch(ROWS)
+    sums = batch_metrics(student, teacher, batch)
+    assert sums.by_position["count"].tolist() == (batch["labels"] != IGNORED).sum(0).tolist()
+    assert sums.by_position["count"].sum() == sums.tokens
+    for name, total in sums.sums.items():
+        assert sums.by_position[name].shape == (26,)
+        assert float(sums.by_position[name].sum()) == pytest.approx(total, rel=1e-12)
+    means = sums.position_means()
+    for position in range(26):
+        count, total = sums.by_position["count"][position], sums.by_position["loss"][position]
+        value = means["loss"][position]
+        assert math.isnan(value) if count == 0 else value == pytest.approx(float(total / count))
+    assert "count" not in means
+
+
+def test_a_result_stands_at_the_position_of_the_predicting_token(models):
+    teacher, _ = models
+    batch = packed_batch([[12]])
+    batch["labels"][:, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]] = IGNORED
+    sums = batch_metrics(teacher, None, batch)
+    logits = teacher(batch["input_ids"]).logits[0, 5]
+    wanted = F.cross_entropy(logits, batch["input_ids"][0, 6]).item()
+    assert sums.tokens == 1 and sums.by_position["loss"].nonzero().tolist() == [[5]]
+    assert float(sums.by_position["loss"][5]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_batches_add_up(models):
+    teacher, student = models
+    batches = [packed_batch(ROWS, seed=seed) for seed in (1, 2)]
+    together = evaluate(student, teacher, batches)
+    apart = [batch_metrics(student, teacher, batch) for batch in batches]
+    stacked = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    at_once = batch_metrics(student, teacher, stacked)
+    assert together.tokens == apart[0].tokens + apart[1].tokens == at_once.tokens
+    for name, value in together.sums.items():
+        assert value == pytest.approx(apart[0].sums[name] + apart[1].sums[name])
+        assert value == pytest.approx(at_once.sums[name], rel=1e-4)
+        torch.testing.assert_close(
+            together.by_position[name], at_once.by_position[name], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_batch_without_labels_adds_nothing(models):
+    teacher, student = models
+    empty = packed_batch(ROWS)
+    empty["labels"].fill_(IGNORED)
+    full = batch_metrics(student, teacher, packed_batch(ROWS))
+    total = evaluate(student, teacher, [empty, packed_batch(ROWS), empty])
+    assert total.tokens == full.tokens and total.sums == pytest.approx(full.sums)
+    torch.testing.assert_close(total.by_position["count"], full.by_position["count"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_mode_and_no_gradient(models, training):
+    _, student = models
+    modes, probe = [], student.base_model.layers[0].mlp
+    handle = probe.register_forward_hook(
+        lambda module, args, output: modes.append((module.training, output.requires_grad))
+    )
+    student.train(training)
+    evaluate(student, None, [packed_batch(ROWS)])
+    handle.remove()
+    assert student.training == training and modes == [(False, False)]
+    student.eval()
+
+
+# --- copying ------------------------------------------------------------------------------------------------
+
+
+def passages_twice(length: int, rows: int = 2) -> dict[str, Tensor]:
+    """Rows that hold a passage twice, as the data module makes them."""
+    ids = random_ids(rows, length).repeat(1, 2)
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, :-1] = ids[:, 1:]
+    return {"input_ids": ids, "labels": labels, "document_ids": torch.zeros_like(ids, dtype=torch.int32)}
+
+
+def test_copy_gain_by_hand():
+    """Positions 0-2 predict the first copy of 4 tokens, 3 where the second begins, 4-6 the second copy."""
+    loss, count = torch.tensor([6.0, 8.0, 10.0, 100.0, 1.0, 2.0, 3.0, 50.0]), torch.full((8,), 2.0)
+    found = copy_gain(MetricSums(16, {}, {"loss": loss, "count": count}))
+    assert found == {"first": 4.0, "second": 1.0, "gain": 3.0}
+    uneven = torch.tensor([2.0, 2.0, 4.0, 1.0, 1.0, 1.0, 1.0, 0.0])
+    found = copy_gain(MetricSums(12, {}, {"loss": loss, "count": uneven}))
+    assert found == {"first": 3.0, "second": 2.0, "gain": 1.0}
+
+
+class Oracle(nn.Module):
+    """Knows in the second copy what follows, and nothing else: the logits of a perfect copying machine."""
+
+    def __init__(self, length: int, vocabulary: int):
+        super().__init__()
+        self.length, self.vocabulary = length, vocabulary
+        self.head = nn.Identity()
+        self.anything = nn.Parameter(torch.zeros(1))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def states(self, input_ids: Tensor) -> Tensor:
+        """Logits [B,T,V]: flat, but sure of the token one passage back where there has been one."""
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        for token in range(self.length, input_ids.shape[1] - 1):
+            logits[torch.arange(len(input_ids)), token, input_ids[:, token + 1 - self.length]] = 50.0
+        return logits
+
+
+def test_a_perfect_copying_machine_gains_everything(monkeypatch):
+    monkeypatch.setattr(evaluation, "hidden_states", lambda model, ids, documents: model.states(ids))
+    found = copy_gain(evaluate(Oracle(10, 97), None, [passages_twice(10)]))
+    assert found["first"] == pytest.approx(math.log(97), rel=1e-5)
+    assert found["second"] == pytest.approx(0.0, abs=1e-6)
+    assert found["gain"] == pytest.approx(math.log(97), rel=1e-5)
+
+
+def test_a_row_of_the_results_table(models):
+    teacher, student = models
+    batches, copies = [packed_batch(ROWS)], [passages_twice(10)]
+    row, curves = held_out_row(student, teacher, batches, copies)
+    means, gain = evaluate(student, teacher, batches).means(), copy_gain(evaluate(student, None, copies))
+    assert row["loss"] == means["loss"] and row["perplexity"] == pytest.approx(math.exp(means["loss"]))
+    assert (row["kl"], row["top1_agreement"]) == (means["kl"], means["top1_agreement"])
+    assert (row["copy_first"], row["copy_second"], row["copy_gain"]) == tuple(gain.values())
+    assert len(curves["loss"]) == 26
+    alone, _ = held_out_row(teacher, None, batches, copies)
+    assert "kl" not in alone and "top1_agreement" not in alone
+    assert alone["loss"] == pytest.approx(means["teacher_loss"])
+
+
+# --- choosing layers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["kl", "copy"])
+def test_the_damaged_layer_is_the_one_to_restore(by):
+    """Layers 0 and 2 hardly speak, so giving layer 1 back is worth the most; the student is as before."""
+    teacher = tiny_teacher()
+    mixed = tiny_student(teacher, noise=0.0)
+    with torch.no_grad():
+        for index in (0, 2):
+            for model, output in ((teacher, "o_proj"), (mixed, "output")):
+                getattr(attention_modules(model)[index], output).weight.mul_(1e-3)
+    before, ids = {n: p.clone() for n, p in mixed.named_parameters()}, random_ids(1, 10)
+    logits = mixed(ids).logits
+    select = SelectLayers(name="select", by=by, rows=1)
+    scores = select.scores(mixed, teacher, [0, 1, 2], [packed_batch(ROWS)], [passages_twice(10)])
+    assert set(scores) == {0, 1, 2} and all(math.isfinite(score) for score in scores.values())
+    if by == "kl":
+        assert select.choose(scores) == [1] and scores[1] > 0
+        whole = evaluate(mixed, teacher, [packed_batch(ROWS)]).means()["kl"]
+        assert scores[1] < 1.01 * max(whole, evaluate(mixed, teacher, [passages_twice(10)]).means()["kl"])
+    assert torch.equal(mixed(ids).logits, logits)
+    assert all(torch.equal(p, before[n]) for n, p in mixed.named_parameters()) and mixed.training is False
+
+
+def test_choosing_layers_by_score():
+    scores = {0: 0.1, 1: 0.7, 2: -0.2, 3: 0.4}
+    assert SelectLayers(name="select", keep=2).choose(scores) == [1, 3]
+    assert SelectLayers(name="select", keep=3).choose(scores) == [0, 1, 3]
+    with pytest.raises(ValueError, match="stage.select.keep=5 is more than the 4 replaced layers"):
+        SelectLayers(name="select", keep=5).choose(scores)
+    for options, key in (({"by": "loss"}, "by"), ({"keep": 0}, "keep"), ({"rows": 0}, "rows")):
+        with pytest.raises(ValueError, match=f"stage.select.{key}="):
+            SelectLayers(name="select", **options)
