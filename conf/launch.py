@@ -4,12 +4,13 @@ import datetime
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -200,6 +201,13 @@ def check(config: DictConfig) -> None:
         )
     if config.seed is None or config.seed < 0:
         raise ValueError(f"seed={config.seed} must be a number from 0 on.")
+    if config.trainer.devices != 1 or config.trainer.num_nodes != 1:
+        raise ValueError(
+            f"trainer.devices={config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}: "
+            "strategy=single trains on one device; leave both at 1."
+        )
+    if HydraConfig.initialized():
+        check_overrides(config, HydraConfig.get().overrides.task)
     teacher = build(config.teacher, "teacher")
     student = build(
         config.student, "student", **({"_partial_": True} if "model_type" in config.student else {})
@@ -216,6 +224,25 @@ def check(config: DictConfig) -> None:
         build(stage_data(config, name), "data", tokenizer=None)
     if teacher.path is not None and config.init_from is None:
         _check_student(student, teacher)
+
+
+def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuses overrides that this run would never read.
+
+    Args:
+        config: the composed config.
+        overrides: as given on the command line.
+
+    Raises:
+        ValueError: for a stage that `stages` does not name, or a student beside `init_from`.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        parts = key.split(".")
+        if parts[0] == "stage" and len(parts) > 2 and parts[1] not in config.stages:
+            raise ValueError(f"{override} has no effect: {parts[1]} is not in stages={list(config.stages)}.")
+        if parts[0] == "student" and config.init_from is not None:
+            raise ValueError(f"{override} has no effect: init_from={config.init_from} brings the student.")
 
 
 def _missing(value: Any, key: str) -> list[str]:

@@ -178,9 +178,9 @@ def _decoding(config: DictConfig, student: Student, teacher: PreTrainedModel | N
     }
 
 
-def _command(folder: Path) -> str:
+def _command(folder: Path) -> list[str]:
     path = folder / "environment.json"
-    return json.loads(path.read_text())["command"] if path.exists() else "python train.py"
+    return ["python", *(json.loads(path.read_text())["command"] if path.exists() else ["train.py"])]
 
 
 def _words(row: dict[str, float]) -> str:

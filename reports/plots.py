@@ -201,7 +201,7 @@ def decoding_cost(
         axes.set_xticks(list(context_lengths), [f"{length:,}" for length in context_lengths])
         axes.tick_params(axis="x", labelrotation=30)
         axes.set_xticks([], minor=True)
-        axes.legend()
+        axes.legend(loc="lower right")  # both curves rise, or stay above zero
     time_axes.set_ylim(bottom=0)
     memory_axes.set_yscale("log", base=2)
     memory_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))

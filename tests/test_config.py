@@ -90,6 +90,7 @@ def test_every_choice_of_a_group_composes(group: str):
         (["data=files", "data.sources.text.paths=[/nowhere]"], ["data.sources", "/nowhere"]),
         (["stage.select.keep=0", "stages=[select]"], ["stage.select.keep=0"]),
         (["kernel.wkv7=cuda"], ["cuda", "chunked"]),
+        (["trainer.devices=2"], ["trainer.devices=2", "strategy=single"]),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_in_words_that_name_it(overrides: list[str], words: list[str]):
@@ -97,6 +98,21 @@ def test_a_bad_value_is_refused_in_words_that_name_it(overrides: list[str], word
     for word in words:
         assert word in message, message
     assert "Traceback" not in message and len(message) < 700
+
+
+@pytest.mark.parametrize(
+    ("override", "stages", "words"),
+    [
+        ("stage.distill.tokens=5", "[align]", ["stage.distill.tokens=5", "no effect", "distill"]),
+        ("student.start=random", "[align]", ["student.start=random", "no effect", "init_from"]),
+        ("student=rwkv7_arwkv", "[align]", ["student=rwkv7_arwkv", "no effect", "init_from"]),
+    ],
+)
+def test_an_override_without_effect_is_refused(override: str, stages: str, words: list[str]):
+    config = compose("train", overrides=[RUN_FOLDER, f"stages={stages}", "init_from=/somewhere", override])
+    with pytest.raises(ValueError) as caught:
+        launch.check_overrides(config, ["seed=3", "stage.align.tokens=9", override])
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_a_refusal_loads_nothing_heavy_and_exits_with_2():

@@ -184,3 +184,17 @@ def test_shifted_row_does_not_share_memory():
     tokens[:] = 9
     ids[:] = 9
     assert row.input_ids.tolist() == [0, 1, 2, 3] and row.document_ids.tolist() == [0, 0, 0, 0]
+
+
+def test_documents_run_on_when_asked_to():
+    lengths = SHAPES["mixed"]
+    apart, joined = (PackedRows(store_of(lengths), 16, 5, cross_documents=flag) for flag in (False, True))
+    ended = 0
+    for index in range(apart.rows_per_epoch):
+        one, other = apart.row(index), joined.row(index)
+        np.testing.assert_array_equal(one.input_ids, other.input_ids)
+        assert not other.document_ids.any()
+        np.testing.assert_array_equal(other.labels[:-1], other.input_ids[1:])
+        assert not (other.labels == -100).any()
+        ended += (one.labels == -100).sum()
+    assert ended > 0  # where documents stay apart, the last token of each has no label
