@@ -19,15 +19,6 @@ ROWS = {"documents": [[-3, 11, 9, 5], [4, 15, -2, 7]], "one_document_per_row": [
 FLAVOURS = {"radlads": {}, "arwkv": ARWKV, "residual": {"value_residual": True, "gate": "full"}}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One core: the tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Record(NamedTuple):
     """What one attention module of the teacher read and gave."""
 

@@ -34,15 +34,6 @@ ALL_ATTENTION = ["attention"] * LAYERS
 KEEPS = {"pure": (), "keep_middle": (1,), "all": (0, 1, 2)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One core: the tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Every parameter by every name it has."""
     return dict(model.named_parameters(remove_duplicate=False))

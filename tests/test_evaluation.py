@@ -18,15 +18,6 @@ from models.selection import SelectLayers
 ROWS = [[9, 14, -3], [-4, 22]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One core: the tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
     """A teacher and a student."""

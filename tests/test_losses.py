@@ -23,15 +23,6 @@ from models.objectives import Align, CrossEntropy, Distill
 TOKENS, WIDTH, VOCABULARY = 23, 12, 31
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One core: the tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def relative_error(found: Tensor, wanted: Tensor) -> float:
     found, wanted = found.detach().double(), wanted.detach().double()
     return float((found - wanted).norm() / wanted.norm())

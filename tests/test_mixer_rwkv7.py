@@ -37,15 +37,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One core: the tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make(
     shape: AttentionShape = GROUPED, noise: float = 0.0, index: int = 1, first: bool = True, **options
 ) -> RWKV7Mixer:

@@ -16,15 +16,6 @@ from models.student import student_mixers
 PEAK, FINAL = {"mixers": 3e-3, "rest": 1e-3}, {"mixers": 7e-5, "rest": 1.3e-4}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One core: the tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def stage(**changes) -> StageConfig:
     """A stage of 1000 tokens."""
     settings = {

@@ -17,15 +17,6 @@ BACKENDS = ("cpu", "chunked", "reference")
 NAMES = ("y", "state", "dr", "dlog_w", "dk", "dv", "da", "db", "dstate")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """One core: the tests run beside others."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> str:
     """Each backend by name; the C++ one is skipped only where nothing can compile it."""
