@@ -13,17 +13,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = (
     "experiment=quickstart",
     "debug=fast",
-    "stage.align.tokens=5120",
-    "stage.distill.tokens=6144",
     "callbacks.checkpoint.every_steps=2",
     "callbacks.text_samples.every_steps=0",
 )
 
 
+TOKENS = {"align": 5120, "distill": 6144}
+
+
 def command(outputs: Path, cache: Path, *overrides: str) -> list[str]:
-    """The command line of a small run."""
+    """The command line of a small run, with a token budget for each training stage that it has."""
+    stages = next(
+        (o.partition("=")[2] for o in overrides if o.startswith("stages=")), "[align,select,distill]"
+    )
+    budgets = [f"stage.{stage}.tokens={tokens}" for stage, tokens in TOKENS.items() if stage in stages]
     folders = [f"paths.outputs={outputs}", f"paths.cache={cache}"]
-    return [sys.executable, "train.py", *SMALL, *folders, *overrides]
+    flags = [override for override in overrides if override.startswith("-")]  # they come before all overrides
+    others = [override for override in overrides if not override.startswith("-")]
+    return [sys.executable, "train.py", *flags, *SMALL, *budgets, *folders, *others]
 
 
 def environment() -> dict[str, str]:
