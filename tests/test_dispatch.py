@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import require_compiler
 
 import kernels.wkv7 as wkv7_package
 from kernels import dispatch, explain, measure
@@ -43,10 +44,7 @@ def inputs(dtype=torch.float32) -> list[torch.Tensor]:
 
 def test_explain_takes_the_compiled_backend_on_cpu():
     """Where a compiler is, auto is the C++ backend, and nothing was tried before it."""
-    try:
-        cpu.library()
-    except BuildError as error:
-        pytest.skip(f"no C++ backend here: {error}")
+    require_compiler()
     assert explain("wkv7") == {"backend": "cpu", "reason": "compiled C++, the fastest on CPU", "rejected": {}}
     assert explain("wkv7", dtype=torch.bfloat16, head_size=128)["backend"] == "cpu"
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from compilers import require_compiler
 
 from kernels import jit_build
 from kernels.jit_build import BuildError
@@ -29,10 +30,7 @@ print(jit_build.build("demo", [pathlib.Path(sys.argv[1])], {FLAGS!r}, timeout=60
 @pytest.fixture
 def compiler() -> str:
     """The real compiler; these tests are about running one."""
-    try:
-        return jit_build.find_compiler()[0]
-    except BuildError as error:
-        pytest.skip(f"no C++ compiler here: {error}")
+    return require_compiler()
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
+from compilers import require_compiler
 from torch import Tensor
 
-from kernels.jit_build import BuildError
 from kernels.wkv7 import cpu, reference, wkv7
 
 BACKENDS = ("cpu", "chunked", "reference")
@@ -21,10 +21,7 @@ NAMES = ("y", "state", "dr", "dlog_w", "dk", "dv", "da", "db", "dstate")
 def backend(request) -> str:
     """Each backend by name; the C++ one is skipped only where nothing can compile it."""
     if request.param == "cpu":
-        try:
-            cpu.library()
-        except BuildError as error:
-            pytest.skip(f"no C++ backend here: {error}")
+        require_compiler()
     return request.param
 
 
