@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -26,10 +27,16 @@ PACKAGES = (
     "flash-linear-attention",
     "flash-attn",
 )
+# Names of secrets: `api_key`, `hub.token`, `--key`; but not `written_key` or `eos_token`.
 SECRET_NAME = re.compile(
-    r"(^|[._-])(api[_-]?key|key|secret|password|passwd|token|credentials?)$", re.IGNORECASE
+    r"(^|[._-])(secret|password|passwd|credentials?"
+    r"|(api|access|secret|private|auth)[_-]?key|(api|access|auth|hub|hf|github|wandb)[_-]?token)$"
+    r"|(^|\.|^-+)(key|token)$",
+    re.IGNORECASE,
 )
 SECRET_VARIABLE = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+CHANGES = 50  # files named at most
 HIDDEN = "***"
 
 
@@ -99,31 +106,72 @@ def write_environment(path: Path, environment: dict) -> None:
 
 
 def describe_checkout(folder: Path) -> dict | None:
-    """Returns `{"commit", "dirty"}` of the git checkout around a folder, or None where there is none."""
+    """Returns the state of the git checkout around a folder, or None where there is none.
+
+    Returns:
+        {"commit", "dirty", "remote", "changes", "lines"}: `remote` without user and password, or None;
+        `changes` as `git status` names the first files, and `lines` as `git diff` counts them.
+    """
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain")
-    return None if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+    if commit is None or changes is None:
+        return None
+    remote = _git(folder, "config", "--get", "remote.origin.url")
+    return {
+        "commit": commit.strip(),
+        "dirty": bool(changes),
+        "remote": remote and USER_IN_URL.sub("", remote.strip()).partition("?")[0],
+        "changes": changes.splitlines()[:CHANGES],
+        "lines": (_git(folder, "diff", "HEAD", "--shortstat") or "").strip(),
+    }
 
 
 def hide_secrets(command: list[str]) -> list[str]:
     """Returns a command line with the secrets in it replaced by `***`.
 
-    Hidden are the values of overrides and flags named like one (`logger.wandb.api_key=...`, `--token ...`)
-    and any value that a secret-looking environment variable also has.
+    Hidden are the values of overrides and flags named like one (`logger.wandb.api_key=...`, `--token ...`),
+    users and passwords in addresses, and any value that a secret-looking environment variable also has.
     """
-    known = [value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) >= 8]
-    hidden, hide_next = [], False
+    known, hidden, hide_next = _known_secrets(), [], False
     for argument in command:
         name, equals, value = argument.partition("=")
         if hide_next:
             argument = HIDDEN
         elif equals and value and SECRET_NAME.search(name.strip("'\"")):
             argument = f"{name}={HIDDEN}"
-        for secret in known:
-            argument = argument.replace(secret, HIDDEN)
         hide_next = not equals and name.startswith("-") and SECRET_NAME.search(name) is not None
-        hidden.append(argument)
+        hidden.append(_hide_known(argument, known))
     return hidden
+
+
+def hide_secrets_in(config: Any) -> Any:
+    """Returns a plain config (dictionaries, lists, values) with the secrets in it replaced by `***`.
+
+    Hidden is what `hide_secrets` hides, whatever the depth.
+    """
+    return _hide_in(config, "", _known_secrets())
+
+
+def _hide_in(value: Any, name: str, known: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _hide_in(inner, str(key), known) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide_in(inner, name, known) for inner in value]
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if value and SECRET_NAME.search(name) else _hide_known(value, known)
+
+
+def _hide_known(text: str, known: list[str]) -> str:
+    for secret in known:
+        text = text.replace(secret, HIDDEN)
+    return USER_IN_URL.sub(f"{HIDDEN}@", text)
+
+
+def _known_secrets() -> list[str]:
+    """Values of secret-looking environment variables; longest first, because one may contain another."""
+    found = [value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) >= 8]
+    return sorted(found, key=len, reverse=True)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
@@ -139,4 +187,4 @@ def _git(folder: Path, *arguments: str) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return finished.stdout.strip() if finished.returncode == 0 else None
+    return finished.stdout if finished.returncode == 0 else None

@@ -1,10 +1,14 @@
 """Start-up shared by the scripts: where a run lives, what its config must satisfy, how errors are said."""
 
 import datetime
+import fcntl
 import logging
+import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,8 +19,11 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.ranks import check_processes, outer_rank, process_count, processes
+from conf.trials import is_trial, record_failure
+
 log = logging.getLogger(__name__)
-UNCHECKED_ON_RESUME = ("ckpt_path", "paths", "hydra", "logger", "callbacks", "trainer")
+UNCHECKED_ON_RESUME = ("ckpt_path", "paths", "hydra", "logger", "callbacks", "trainer", "strategy")
 
 
 def register_resolvers() -> None:
@@ -32,6 +39,8 @@ def run_folder(outputs: str, name: str, ckpt_path: str | None) -> str:
         name: of the run.
         ckpt_path: None, `auto` (the newest run of this name without a summary) or a run folder.
     """
+    if outer_rank() > 0:  # the first process has the run folder, and tells the others
+        return str(Path(tempfile.gettempdir()) / f"transmute-rank-{outer_rank()}")
     if ckpt_path not in (None, "auto"):
         return str(ckpt_path)
     parent = Path(outputs) / name
@@ -45,17 +54,28 @@ def run_folder(outputs: str, name: str, ckpt_path: str | None) -> str:
     return str(parent / started)
 
 
-def plain_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Says what a user got wrong in a line or two and exits with 2; other errors keep their traceback."""
+def plain_errors(main: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
+    """Says what a user got wrong in a line or two and exits with 2; other errors keep their traceback.
+
+    In a sweep it is the trial that fails: its folder keeps the reason, and the other trials go on.
+    """
 
     @wraps(main)
-    def wrapped(config: DictConfig) -> None:
+    def wrapped(config: DictConfig) -> float | None:
         try:
-            main(config)
+            return main(config)
         except (ValueError, InstantiationException, OmegaConfBaseException) as error:
             log.debug("Traceback of the error below", exc_info=True)
             print(f"Error: {plain_message(error)}", file=sys.stderr)
-            sys.exit(2)
+            if not is_trial():
+                sys.exit(2)
+            record_failure(plain_message(error))
+        except Exception as error:
+            if not is_trial():
+                raise
+            log.exception("The trial has failed.")
+            record_failure(f"{type(error).__name__}: {error}")
+        return None
 
     return wrapped
 
@@ -72,37 +92,68 @@ def _root_cause(error: BaseException) -> str:
     return str(error)
 
 
-def begin(config: DictConfig) -> Path:
-    """Makes the run folder, keeps the config in it, and seeds every random number generator.
+@contextmanager
+def running(config: DictConfig) -> Iterator[Path]:
+    """Makes the run folder, keeps the config in it, starts the run's other processes, and seeds every
+    generator.
 
-    Returns:
-        The run folder.
+    Yields:
+        The run folder; no other run can use it inside the block.
 
     Raises:
-        ValueError: where a finished run is asked to go on, or an unfinished one with another config.
+        ValueError: where a finished run is asked to go on, or an unfinished one with another config, or where
+            the folder is in use.
     """
     import lightning.pytorch as pl
     import torch
 
+    from models import ranks
+
     folder = Path(config.paths.run_folder)
-    if (folder / "summary.json").exists():
-        raise ValueError(
-            f"ckpt_path: {folder} is finished; start a new run, or continue it with init_from={folder}."
-        )
-    save_config(config, folder)
-    quieten()
-    if config.trainer.threads:
-        torch.set_num_threads(config.trainer.threads)
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    log.info("Run folder: %s", folder)
-    return folder
+    with occupied(folder) if outer_rank() == 0 else nullcontext():
+        if outer_rank() == 0:
+            save_config(config, folder)
+        quieten()
+        with processes(config, folder):
+            folder = ranks.share(lambda: folder)
+            config.paths.run_folder = str(folder)
+            threads = config.trainer.threads or (os.cpu_count() or 1) // ranks.world_size()
+            if config.trainer.threads or ranks.world_size() > 1:
+                torch.set_num_threads(max(threads, 1))
+            pl.seed_everything(config.seed, workers=True, verbose=False)
+            log.info("Run folder: %s", folder)
+            yield folder
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Keeps every other run out of a folder for the length of the block.
+
+    Raises:
+        ValueError: where another run is in it, or has finished in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"ckpt_path: another run is writing to {folder}; wait for its end, or start a new run."
+            ) from None
+        if (folder / "summary.json").exists():
+            raise ValueError(
+                f"ckpt_path: {folder} is finished; start a new run, or continue it with init_from={folder}."
+            )
+        yield
 
 
 def device(config: DictConfig) -> str:
-    """Where models are measured outside a trainer: on the first GPU if the trainer uses one, or the CPU."""
+    """Where models are measured outside a trainer: on this process's GPU if the trainer uses one, or the
+    CPU."""
     import torch
 
-    return "cuda" if config.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+    uses_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if uses_gpu else "cpu"
 
 
 def quieten() -> None:
@@ -124,20 +175,35 @@ def save_config(config: DictConfig, folder: Path) -> None:
     path = folder / "config.yaml"
     resolved = OmegaConf.to_container(config, resolve=True)
     if path.exists():
-        before = OmegaConf.to_container(OmegaConf.load(path))
+        before, now = (_comparable(c) for c in (OmegaConf.load(path), OmegaConf.create(resolved)))
         different = [
-            key
-            for key in sorted({*before, *resolved} - {*UNCHECKED_ON_RESUME})
-            if before.get(key) != resolved.get(key)
+            key for key in sorted({*before, *now} - {*UNCHECKED_ON_RESUME}) if before.get(key) != now.get(key)
         ]
         if different:
             raise ValueError(
                 f"ckpt_path: {folder} was started with another config; these keys differ: "
                 f"{', '.join(different)}. "
-                "Give the same overrides to resume it, or leave ckpt_path out to start a new run."
+                "Give the same overrides to resume it, or leave ckpt_path out to start a new run. (On "
+                "another number of devices, rows_per_device x devices must stay the same.)"
             )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+
+
+def _comparable(config: DictConfig) -> dict[str, Any]:
+    """What decides a run's result, as plain data: the stages it has, and rows counted over all processes."""
+    plain = OmegaConf.to_container(config)
+    plain["stage"] = {name: plain["stage"][name] for name in config.stages if name in plain["stage"]}
+    return _rows_per_batch(plain, process_count(config))
+
+
+def _rows_per_batch(value: Any, count: int) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: inner * count if key == "rows_per_device" else _rows_per_batch(inner, count)
+        for key, inner in value.items()
+    }
 
 
 def build(config: Any, key: str, **arguments: Any) -> Any:
@@ -191,7 +257,8 @@ def check(config: DictConfig) -> None:
         )
     if len(set(config.stages)) != len(config.stages):
         raise ValueError(f"stages={list(config.stages)} names one twice; copy the stage under another name.")
-    if config.init_from is not None and not (Path(config.init_from) / "student" / "student.json").exists():
+    places = [] if config.init_from is None else [Path(config.init_from) / "student", Path(config.init_from)]
+    if places and not any((place / "student.json").exists() for place in places):
         raise ValueError(
             f"init_from={config.init_from} holds no finished student; name the folder of a finished run."
         )
@@ -201,11 +268,7 @@ def check(config: DictConfig) -> None:
         )
     if config.seed is None or config.seed < 0:
         raise ValueError(f"seed={config.seed} must be a number from 0 on.")
-    if config.trainer.devices != 1 or config.trainer.num_nodes != 1:
-        raise ValueError(
-            f"trainer.devices={config.trainer.devices}, trainer.num_nodes={config.trainer.num_nodes}: "
-            "strategy=single trains on one device; leave both at 1."
-        )
+    check_processes(config)
     if HydraConfig.initialized():
         check_overrides(config, HydraConfig.get().overrides.task)
     teacher = build(config.teacher, "teacher")

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from models.architectures import attention_modules
 from models.backbone import backbone_inputs, has_documents
 from models.deferred import differentiate, hand_over
+from models.losses import mean_count
 from models.student import student_mixers
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
@@ -52,13 +53,15 @@ def aligned_layers(
     losses: dict[int, Tensor] = {}
     document_ids = batch["document_ids"]
     real = document_ids >= 0 if has_documents(document_ids) else None
+    tokens = mean_count(document_ids.numel() if real is None else int(real.sum()), document_ids.device)
     differentiable = torch.is_grad_enabled() and bool(parameters)
 
     def align_layer(index: int, mixer: nn.Module, kwargs: dict[str, Any], target: Tensor) -> None:
         with torch.set_grad_enabled(differentiable):
             output, _ = mixer(**kwargs)
             chosen = slice(None) if real is None else real
-            loss = token_loss(output[chosen].flatten(0, -2), target[chosen].flatten(0, -2)).mean()
+            per_token = token_loss(output[chosen].flatten(0, -2), target[chosen].flatten(0, -2))
+            loss = per_token.sum() / tokens
             share = loss / len(mixers)
         losses[index] = loss.detach()
         if loss.requires_grad:  # a mixer may be frozen as a whole

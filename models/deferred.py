@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class _HandOver(torch.autograd.Function):
@@ -56,5 +57,19 @@ class GradientSum:
 
 
 def differentiate(loss: Tensor, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Gradients of a scalar with respect to `inputs`; its graph is freed."""
-    return torch.autograd.grad(loss, inputs, allow_unused=True)
+    """Gradients of a scalar with respect to `inputs`; its graph is freed.
+
+    A sharded parameter (FSDP2) is not part of the graph itself: its unit gathers the whole tensor and
+    reduces the gradient in hooks of the backward pass. So there the pass is run, and what it has added is
+    taken out again.
+    """
+    if not any(isinstance(tensor, DTensor) for tensor in inputs):
+        return torch.autograd.grad(loss, inputs, allow_unused=True)
+    before = [tensor.grad for tensor in inputs]
+    for tensor in inputs:
+        tensor.grad = None
+    loss.backward()
+    gradients = [tensor.grad for tensor in inputs]
+    for tensor, gradient in zip(inputs, before, strict=True):
+        tensor.grad = gradient
+    return gradients

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import ranks
 from models.deferred import GradientSum, differentiate, hand_over
 
 IGNORED = -100
@@ -47,12 +48,27 @@ def alignment_mse(output: Tensor, target: Tensor) -> Tensor:
 
 
 def alignment_relative(output: Tensor, target: Tensor) -> Tensor:
-    """Squared difference relative to the target's mean square over all tokens: [n,D] -> [n]; 1 is as bad as
-    zero."""
-    return alignment_mse(output, target) / target.float().pow(2).mean().clamp_min(1e-12)
+    """Squared difference relative to the target's mean square over the tokens of all processes: [n,D] -> [n];
+    1 is as bad as zero."""
+    energy = ranks.mean(target.float().pow(2).mean(-1).sum()) / mean_count(len(target), target.device)
+    return alignment_mse(output, target) / energy.clamp_min(1e-12)
 
 
 ALIGNMENT_LOSSES = {"l2": alignment_l2, "mse": alignment_mse, "relative": alignment_relative}
+
+
+def mean_count(count: int, device: torch.device) -> Tensor:
+    """Tokens per process, at least 1: what a sum over this process's `count` tokens is divided by, so that
+    the mean over processes is the mean over all tokens, however unevenly they are spread."""
+    return ranks.mean(torch.tensor(float(count), device=device)).clamp_min(1.0)
+
+
+def token_chunks(tokens: Tensor, size: int) -> list[slice]:
+    """Slices of `size` tokens that cover [n,...]; as many in every process (the last ones may be empty),
+    because all take part when a sharded head runs."""
+    count = tokens.shape[0]
+    chunks = ranks.largest(-(-count // size), tokens.device)
+    return [slice(min(i * size, count), min((i + 1) * size, count)) for i in range(chunks)]
 
 
 def chunked_mean(
@@ -63,6 +79,8 @@ def chunked_mean(
     chunk_tokens: int,
 ) -> Tensor:
     """Mean of a loss over tokens that needs logits, without ever holding the logits of all tokens.
+
+    With several processes each returns its share, so that their mean is the mean over all tokens.
 
     Each chunk's logits are computed, differentiated and dropped in the forward pass, so peak memory is
     chunk_tokens · V instead of B · T · V.
@@ -77,8 +95,8 @@ def chunked_mean(
     Returns:
         A scalar (0 where there is no token), differentiable in `hidden` and `head_parameters`.
     """
-    count = hidden.shape[0]
-    chunks = [slice(start, min(start + chunk_tokens, count)) for start in range(0, count, chunk_tokens)]
+    count = mean_count(hidden.shape[0], hidden.device)
+    chunks = token_chunks(hidden, chunk_tokens)
     total = hidden.new_zeros((), dtype=_wide(hidden))
     if not (torch.is_grad_enabled() and hidden.requires_grad):
         for chunk in chunks:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from models.align import aligned_layers
 from models.backbone import hidden_states
-from models.losses import ALIGNMENT_LOSSES, IGNORED, chunked_mean, cross_entropy, forward_kl
+from models.losses import ALIGNMENT_LOSSES, IGNORED, chunked_mean, cross_entropy, forward_kl, mean_count
 
 
 @dataclass
@@ -98,7 +98,8 @@ class Distill:
             return (1 - self.cross_entropy_weight) * kl + self.cross_entropy_weight * entropy
 
         total = chunked_mean(hidden, head, list(head.parameters()), token_loss, self.chunk_tokens)
-        return LossTerms(total, {name: value / max(len(labels), 1) for name, value in sums.items()})
+        count = mean_count(len(labels), labels.device)
+        return LossTerms(total, {name: value / count for name, value in sums.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

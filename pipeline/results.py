@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 import kernels
 from callbacks.metrics_csv import read_metrics
 from conf import launch
+from models import ranks
 from models.decoding import decoding_cost
 from models.evaluation import held_out_row
 from models.sequence_state import cache_bytes_per_row
@@ -77,18 +78,28 @@ class HeldOut:
             teacher_loss=self.journal.facts.get("teacher", {}).get("loss"),
         )
         copies = {key: row[key] for key in ("copy_first", "copy_second")}
-        self.journal.add({**entry, **copies, "positions": positions["loss"], **facts})
+        curves = {"positions": positions["loss"], "kl_positions": positions.get("kl")}
+        self.journal.add({**entry, **copies, **curves, **facts})
         log.info("After %s: %s", name, _words(row))
 
 
 def finish(
     config: DictConfig, student: Student, teacher: PreTrainedModel | None, journal: Journal, folder: Path
 ) -> None:
-    """Writes summary.json, plots and report.md, and prints the table."""
+    """Measures decoding, then writes summary.json, plots and report.md, and prints the table."""
     for model in (student.model, teacher):
         if model is not None:
             model.to(launch.device(config))
     summary = run_summary(config, student, teacher, journal)
+    decoding = _decoding(config, student, teacher)  # a sharded model needs every process
+    if ranks.is_first():
+        _write(config, summary, decoding, journal, folder)
+    ranks.barrier()
+
+
+def _write(
+    config: DictConfig, summary: dict[str, Any], decoding: dict | None, journal: Journal, folder: Path
+) -> None:
     positions = {stage["name"]: stage["positions"] for stage in journal.stages if stage["name"] != "select"}
     teacher_positions = journal.facts.get("teacher", {}).get("positions")
     length = len(next(iter(positions.values())))
@@ -102,7 +113,7 @@ def finish(
             "students": positions,
             "teacher": teacher_positions,
         },
-        decoding=_decoding(config, student, teacher),
+        decoding=decoding,
         scores=journal.facts.get("selection"),
     )
     write_summary(folder / "summary.json", summary)
@@ -123,12 +134,12 @@ def run_summary(
     config: DictConfig, student: Student, teacher: PreTrainedModel | None, journal: Journal
 ) -> dict[str, Any]:
     """The contract of summary.json."""
-    hidden = ("positions",)
+    hidden = ("positions", "kl_positions")
     measured = journal.facts.get("teacher")
     return {
         "teacher": None if measured is None else {k: v for k, v in measured.items() if k not in hidden},
         "stages": [{k: v for k, v in stage.items() if k not in hidden} for stage in journal.stages],
-        "kernels": {"wkv7": chosen_kernel(student.model)},
+        "kernels": chosen_kernels(student.model),
         "student": {
             "parameters": count_parameters(student.model),
             "state_bytes_per_row": state_bytes(student.model, config.data.row_length),
@@ -138,22 +149,26 @@ def run_summary(
     }
 
 
-def chosen_kernel(model: PreTrainedModel) -> dict[str, Any]:
-    """Backend of the wkv7 operator for this student, and why."""
-    mixer = next(iter(student_mixers(model).values()), None)
-    if mixer is None:
-        return {"backend": "none", "reason": "no layer uses the operator"}
-    if mixer.options.backend != "auto":
-        return {"backend": mixer.options.backend, "reason": "named in the config"}
+def chosen_kernels(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """Backend of every operator that some layer of this student runs on, and why; none where all is
+    attention."""
+    users = {mixer.operator: mixer for mixer in student_mixers(model).values() if mixer.operator is not None}
     device = next(model.parameters()).device
-    return kernels.explain("wkv7", device=device, dtype=torch.float32, head_size=mixer.shape.head_size)
+    choices = {}
+    for operator, mixer in sorted(users.items()):
+        if mixer.options.backend != "auto":
+            choices[operator] = {"backend": mixer.options.backend, "reason": "named in the config"}
+            continue
+        size = mixer.shape.head_size
+        choices[operator] = kernels.explain(operator, device=device, dtype=torch.float32, head_size=size)
+    return choices
 
 
 def log_kernel(student: Student) -> None:
-    """Logs which backend the student's operator runs on, why, and why not the others."""
-    choice = chosen_kernel(student.model)
-    rejected = "".join(f"; not {name}: {why}" for name, why in choice.get("rejected", {}).items())
-    log.info("Kernel wkv7: %s (%s)%s", choice["backend"], choice["reason"], rejected)
+    """Logs which backend each operator of the student runs on, why, and why not the others."""
+    for operator, choice in chosen_kernels(student.model).items():
+        rejected = "".join(f"; not {name}: {why}" for name, why in choice.get("rejected", {}).items())
+        log.info("Kernel %s: %s (%s)%s", operator, choice["backend"], choice["reason"], rejected)
 
 
 @torch.no_grad()
@@ -173,9 +188,7 @@ def _decoding(config: DictConfig, student: Student, teacher: PreTrainedModel | N
         return None
     tokens = config.evaluation.decoding_tokens
     models = {"teacher": teacher, "student": student.model}
-    return {"context_lengths": contexts} | {
-        name: decoding_cost(m, contexts, tokens) for name, m in models.items()
-    }
+    return {"context_lengths": contexts, "models": decoding_cost(models, contexts, tokens)}
 
 
 def _command(folder: Path) -> list[str]:

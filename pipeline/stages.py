@@ -4,11 +4,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from callbacks.checkpoint import remove
 from conf.launch import build
 from conf.launch import device as device_of
+from models import ranks
 from models.layer_plan import ATTENTION
 from models.selection import SelectLayers
 from models.student_folder import Student
@@ -25,6 +28,7 @@ def run_stage(
     tokenizer: PreTrainedTokenizerBase,
     journal: Journal,
     run_folder: Path,
+    loggers: list[Logger],
 ) -> tuple[Student, dict[str, Any]]:
     """Runs a training stage or a selection.
 
@@ -39,6 +43,7 @@ def run_stage(
         student.model,
         teacher,
         tokenizer,
+        loggers,
         run_folder=run_folder,
         tokens_before=journal.tokens(),
     )
@@ -62,7 +67,7 @@ def select_layers(
     replaced = [index for index, name in enumerate(student.plan) if name != ATTENTION]
     scores = stage.scores(student.model, teacher, replaced, *data.calibration_batches(stage.rows))
     kept = stage.choose(scores)
-    chosen = with_kept_layers(student, teacher, kept)
+    chosen = with_kept_layers(config, student, teacher, kept)
     every = [scores.get(index, 0.0) for index in range(len(student.plan))]
     label = {"kl": "KL saved by keeping attention (nats/token)", "copy": "copying gain saved (nats/token)"}[
         stage.by
@@ -75,5 +80,6 @@ def select_layers(
 
 def remove_step_checkpoints(run_folder: Path, stage: str) -> None:
     """Deletes the optimiser checkpoints of a finished stage; its student folder is all that is needed."""
-    for path in (run_folder / "checkpoints" / stage).glob("step-*"):
-        path.unlink()
+    if ranks.is_first():
+        for path in (run_folder / "checkpoints" / stage).glob("step-*"):
+            remove(path)

@@ -10,11 +10,21 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from conf import launch
 from conf.launch import build
+from models import ranks
+from models.architectures import attention_modules
 from models.config import StudentConfig
-from models.conversion import TransferRow, build_student, check_plan, restore_attention
+from models.conversion import (
+    TransferRow,
+    attention_prefix,
+    build_student,
+    check_plan,
+    restore_attention,
+)
 from models.layer_plan import ATTENTION, LayerPlan
-from models.student_folder import Student, load_student
+from models.parallelize import full_tensors, is_sharded, recompute_blocks, shard
+from models.student_folder import Student, empty_student, load_student, model_folder
 from reports.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -34,10 +44,11 @@ def starting_student(
     A student made anew depends on `seed` alone, so a resumed run makes the same one again.
     """
     trained = [stage["name"] for stage in journal.stages if stage["name"] != TRANSFER]
+    attention = config.teacher.get("attention", "sdpa")
     if trained:
-        return load_student(student_folder(run_folder, trained[-1]), config.teacher.get("attention", "sdpa"))
+        return load_student(student_folder(run_folder, trained[-1]), attention)
     if config.init_from is not None:
-        return load_student(Path(config.init_from) / "student", config.teacher.get("attention", "sdpa"))
+        return load_student(model_folder(config.init_from), attention)
     torch.manual_seed(config.seed)
     if teacher is None:
         model = build(config.student, "student", tokenizer=tokenizer)
@@ -47,17 +58,46 @@ def starting_student(
     plan = check_plan(student_config, teacher.config)
     model, rows = build_student(teacher, student_config, plan)
     log_transfer(rows)
-    if not journal.facts.get("transfer"):
+    if not journal.facts.get("transfer") and ranks.is_first():
         journal.note(transfer=transfer_summary(rows))
         write_transfer_table(rows, run_folder / "transfer.csv")
     return Student(model, plan, student_config)
 
 
-def with_kept_layers(student: Student, teacher: PreTrainedModel, layers: list[int]) -> Student:
+def place(config: DictConfig, model: PreTrainedModel | None, *, trained: bool) -> None:
+    """Puts a teacher or a student where `strategy` wants it, in place.
+
+    Args:
+        config: of the run.
+        model: a plain one, or None.
+        trained: whether it will be trained, so that `trainer.recompute_blocks` counts.
+    """
+    if model is None or config.dry_run:
+        return
+    if trained and config.trainer.recompute_blocks:
+        recompute_blocks(model)
+    if config.strategy.name == "fsdp":
+        shard(model, launch.device(config))
+
+
+def with_kept_layers(
+    config: DictConfig, student: Student, teacher: PreTrainedModel, layers: list[int]
+) -> Student:
     """The student with the teacher's attention, as a trainable copy, in the given layers."""
-    restore_attention(student.model, teacher, layers, trainable=True)
     plan = [ATTENTION if index in layers else name for index, name in enumerate(student.plan)]
-    return Student(student.model, plan, student.config)
+    if not is_sharded(student.model):
+        restore_attention(student.model, teacher, layers, trainable=True)
+        return Student(student.model, plan, student.config)
+    # What a sharded model is made of cannot be exchanged: the student is made anew, from whole tensors.
+    model = empty_student(student.model.config, student.config, plan)
+    tensors = full_tensors(student.model)
+    for index in layers:
+        prefix = attention_prefix(teacher, index)
+        attention = full_tensors(attention_modules(teacher)[index])
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in attention.items()}
+    model.load_state_dict({name: tensors[name] for name in model.state_dict()})
+    place(config, model.train(), trained=True)
+    return Student(model, plan, student.config)
 
 
 def reference_loss(config: DictConfig, journal: Journal) -> float | None:

@@ -5,12 +5,15 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.checkpoint import checkpoint_metrics, checkpoint_step, newest_checkpoint
 from callbacks.metrics_csv import MetricsCsv
+from callbacks.panels import panel_loggers
 from conf.launch import build, stage_data
+from models import ranks
 from models.distill_module import ConversionModule
 from models.stage import StageConfig
 
@@ -23,6 +26,7 @@ def train_stage(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
+    loggers: list[Logger],
     *,
     run_folder: Path,
     tokens_before: int,
@@ -37,10 +41,7 @@ def train_stage(
     """
     data = build(stage_data(config, stage.name), "data", tokenizer=tokenizer)
     data.prepare_data()
-    devices = (
-        config.trainer.devices * config.trainer.num_nodes if isinstance(config.trainer.devices, int) else 1
-    )
-    tokens_per_step = data.row_length * data.rows_per_device * stage.accumulate * devices
+    tokens_per_step = data.row_length * data.rows_per_device * stage.accumulate * ranks.world_size()
     module = ConversionModule(
         student,
         teacher,
@@ -49,19 +50,26 @@ def train_stage(
         tokens_per_step=tokens_per_step,
         tokens_before=tokens_before,
     )
-    resume = newest_checkpoint(run_folder / "checkpoints" / stage.name)
-    loggers = [build(logger, f"logger.{name}") for name, logger in config.logger.items() if logger]
+    resume = ranks.share(lambda: newest_checkpoint(run_folder / "checkpoints" / stage.name))
+    if resume is not None and resume.is_dir() != (config.strategy.name == "fsdp"):
+        raise ValueError(
+            f"strategy={config.strategy.name} cannot continue from {resume}: strategy=fsdp writes a folder, "
+            "single and ddp write a file. Resume with the kind of strategy that the run began with."
+        )
     callbacks = [
         build(callback, f"callbacks.{name}") for name, callback in config.callbacks.items() if callback
     ]
     for table in (logger for logger in loggers if isinstance(logger, MetricsCsv)):
         table.begin_stage(stage.name, tokens_before, tokens_per_step)
         _rewind(table, stage.name, resume)
+    for panel in panel_loggers(loggers) if resume is not None else ():
+        panel.begin_stage(stage.name, tokens_before, tokens_per_step)
+        panel.log_metrics(checkpoint_metrics(resume), step=checkpoint_step(resume) - 1)
     if resume is not None:
         log.info("Stage %s goes on from %s", stage.name, resume)
     trainer = build_trainer(config, stage, module.steps, loggers, callbacks)
     started = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=False)
+    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     if trainer.global_step < module.steps:
         log.warning(
             "Stage %s stopped at step %d of %d; resume it with ckpt_path=auto.",
@@ -97,7 +105,7 @@ def build_trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
-        strategy=config.strategy.lightning,
+        strategy="auto" if config.strategy.name == "single" else build(config.strategy.lightning, "strategy"),
         precision=options.precision,
         deterministic=options.deterministic,
         profiler=options.profiler,

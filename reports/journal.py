@@ -14,10 +14,11 @@ class Journal:
 
     Args:
         run_folder: of the run.
+        writes: whether this process keeps the file; others of the run have the same facts in memory alone.
     """
 
-    def __init__(self, run_folder: str | Path):
-        self.path = Path(run_folder) / JOURNAL
+    def __init__(self, run_folder: str | Path, *, writes: bool = True):
+        self.path, self.writes = Path(run_folder) / JOURNAL, writes
         self.facts: dict[str, Any] = (
             json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
         )
@@ -46,4 +47,5 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
-        write_text(self.path, json.dumps(self.facts))
+        if self.writes:
+            write_text(self.path, json.dumps(self.facts))

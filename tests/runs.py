@@ -33,17 +33,17 @@ def command(outputs: Path, cache: Path, *overrides: str) -> list[str]:
     return [sys.executable, "train.py", *flags, *SMALL, *budgets, *folders, *others]
 
 
-def environment() -> dict[str, str]:
-    """The environment of a run: as here, and one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+def environment(python_path: str = "") -> dict[str, str]:
+    """The environment of a run: as here, and one thread; `python_path` says where else modules are found."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONPATH": python_path}
 
 
-def train(outputs: Path, cache: Path, *overrides: str) -> subprocess.CompletedProcess:
+def train(outputs: Path, cache: Path, *overrides: str, python_path: str = "") -> subprocess.CompletedProcess:
     """Runs to the end; the caller looks at the return code."""
     return subprocess.run(
         command(outputs, cache, *overrides),
         cwd=REPOSITORY,
-        env=environment(),
+        env=environment(python_path),
         capture_output=True,
         text=True,
         timeout=240,
@@ -52,6 +52,17 @@ def train(outputs: Path, cache: Path, *overrides: str) -> subprocess.CompletedPr
 
 def train_and_kill(outputs: Path, cache: Path, checkpoint: str, *overrides: str) -> None:
     """Starts a run and kills it (SIGKILL) as soon as a checkpoint stands in its folder."""
+    train_and_signal(outputs, cache, checkpoint, *overrides, number=signal.SIGKILL)
+
+
+def train_and_signal(
+    outputs: Path, cache: Path, checkpoint: str, *overrides: str, number: int = signal.SIGTERM, rank: int = 0
+) -> int:
+    """Starts a run, sends a signal to one of its processes as soon as a checkpoint stands in its folder.
+
+    Returns:
+        The exit code of the first process.
+    """
     process = subprocess.Popen(
         command(outputs, cache, *overrides),
         cwd=REPOSITORY,
@@ -64,8 +75,9 @@ def train_and_kill(outputs: Path, cache: Path, checkpoint: str, *overrides: str)
         assert process.poll() is None, f"the run ended before {checkpoint} was there"
         assert time.monotonic() < deadline, f"no {checkpoint} in time"
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    others = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill([process.pid, *map(int, others)][rank], number)
+    return process.wait(timeout=200)
 
 
 def run_folder(outputs: Path) -> Path:

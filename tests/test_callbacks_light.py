@@ -8,104 +8,18 @@ import subprocess
 import sys
 import time
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from one_weight import STEPS, OneWeight, StopAt, begin, fit
 from rich.console import Console
-from torch.utils.data import DataLoader
 
 from callbacks import provenance
-from callbacks.dashboard import Dashboard, PanelLogger, panel_name
 from callbacks.metrics_csv import MetricsCsv, read_metrics
 from callbacks.progress import StageProgress, clock
 from callbacks.provenance import Provenance
 from callbacks.text_samples import TextSamples, write_samples
 from callbacks.throughput import Throughput
-
-STEPS = 10
-
-
-class WordTokenizer:
-    """Turns characters into their code points and back."""
-
-    def encode(self, text):
-        return [ord(letter) for letter in text]
-
-    def decode(self, token_ids):
-        return "".join(chr(token_id) for token_id in token_ids)
-
-
-class OneWeight(pl.LightningModule):
-    """A module with what the callbacks expect of the conversion module."""
-
-    def __init__(self, stage_name="align", tokens_before=1000):
-        super().__init__()
-        self.stage_name, self.tokens_before, self.tokens_per_step = stage_name, tokens_before, 64
-        self.weight = torch.nn.Parameter(torch.ones(1))
-        self.frozen_mode = torch.nn.Dropout(0.5)
-        self.tokenizer = WordTokenizer()
-        self.modes = []
-
-    def training_step(self, batch, batch_idx):
-        loss = (self.weight * batch.float().mean() - 0.5).square().sum()
-        self.log(f"{self.stage_name}/loss", loss)
-        self.log(f"{self.stage_name}/layer_0/alignment", loss + 1)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        self.log(f"{self.stage_name}/validation/loss", self.weight.sum())
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([self.weight], lr=0.05)
-
-    def generate_pair(self, prompt_ids, max_new_tokens):
-        assert prompt_ids.dtype == torch.int64 and prompt_ids.ndim == 2
-        self.modes.append((self.training, self.frozen_mode.training))
-        teacher = prompt_ids[:, :1].repeat(1, max_new_tokens)
-        return teacher, [ord("s")] * max_new_tokens
-
-
-class StopAt(Callback):
-    """Raises after a step, as a killed process would end it."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise RuntimeError("killed")
-
-
-def fit(
-    module, folder, *, callbacks=(), loggers=(), ckpt_path=None, max_steps=STEPS, progress=False, **options
-):
-    """Fits a module for a few steps and returns the trainer."""
-    trainer = pl.Trainer(
-        max_steps=max_steps,
-        max_epochs=-1,
-        logger=list(loggers),
-        callbacks=list(callbacks),
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        default_root_dir=folder,
-        log_every_n_steps=1,
-        accelerator="cpu",
-        devices=1,
-        num_sanity_val_steps=0,
-        **options,
-    )
-    # Equal batches, because a plain loader starts over on resume; the loss still moves with the weight.
-    loader = DataLoader(torch.ones(STEPS, 8, dtype=torch.int64), batch_size=1)
-    trainer.fit(module, loader, loader if options.get("val_check_interval") else None, ckpt_path=ckpt_path)
-    return trainer
-
-
-def begin(logger, module):
-    """Does what train.py does before a stage."""
-    logger.begin_stage(module.stage_name, module.tokens_before, module.tokens_per_step)
-    return logger
 
 
 def test_metrics_csv_counts_completed_steps(tmp_path):
@@ -228,71 +142,6 @@ def test_clock():
     assert [clock(seconds) for seconds in (0, 59.7, 125, 3723)] == ["0:00", "1:00", "2:05", "1:02:03"]
 
 
-@pytest.mark.parametrize(
-    ("metric", "panel"),
-    [
-        ("align/layer_3/alignment", "alignment/align/layer_3"),
-        ("distill/kl", "losses/distill/kl"),
-        ("distill/validation/loss", "losses/distill/validation/loss"),
-        ("throughput/tokens_per_second", "throughput/tokens_per_second"),
-        ("samples/align", "samples/align"),
-        ("epoch", "trainer/epoch"),
-    ],
-)
-def test_panel_names(metric, panel):
-    assert panel_name(metric) == panel
-
-
-class FakeRun:
-    """Stands for a wandb run and remembers what it was told."""
-
-    def __init__(self):
-        self.entries, self.axes = [], {}
-
-    def log(self, entry):
-        self.entries.append(entry)
-
-    def define_metric(self, name, step_metric=None, step_sync=None):
-        assert name not in self.axes
-        self.axes[name] = step_metric
-
-
-def test_dashboard_groups_panels_over_tokens(tmp_path):
-    calls = []
-
-    def draw(path, *, rows, stage):
-        from PIL import Image
-
-        calls.append((path, len(rows), stage))
-        path.parent.mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(path)
-        return path
-
-    run, module = FakeRun(), OneWeight()
-    loggers = [PanelLogger(experiment=run), begin(MetricsCsv(run_folder=tmp_path), module)]
-    dashboard = Dashboard(draw_heat_map=draw, run_folder=tmp_path)
-    samples = TextSamples(run_folder=tmp_path, prompts=["def f"], max_new_tokens=3)
-    fit(module, tmp_path, loggers=loggers, callbacks=[dashboard, samples])
-    steps = [entry for entry in run.entries if "losses/align/loss" in entry]
-    assert [entry["trainer/tokens"] for entry in steps] == [1000 + 64 * step for step in range(1, STEPS + 1)]
-    assert "alignment/align/layer_0" in steps[0]
-    assert set(run.axes.values()) == {"trainer/tokens"} and "losses/align/loss" in run.axes
-    assert calls == [(tmp_path / "plots" / "alignment_align.png", 2 * STEPS, "align")]
-    assert any("alignment/align/heat_map" in entry for entry in run.entries)
-    tables = [entry["samples/align"] for entry in run.entries if "samples/align" in entry]
-    assert tables[0].data == [[STEPS, "def f", "ddd", "sss"]]
-
-
-def test_dashboard_does_nothing_without_wandb(tmp_path):
-    module = OneWeight()
-
-    def refuse(*arguments, **options):
-        raise RuntimeError("drawn for nobody")
-
-    logger = begin(MetricsCsv(run_folder=tmp_path), module)
-    fit(module, tmp_path, loggers=[logger], callbacks=[Dashboard(draw_heat_map=refuse, run_folder=tmp_path)])
-
-
 def test_text_samples_file_and_modes(tmp_path):
     module = OneWeight()
     samples = TextSamples(run_folder=tmp_path, prompts=["a", "b```"], every_steps=4, max_new_tokens=2)
@@ -378,9 +227,16 @@ def test_checkout_is_described(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert provenance.describe_checkout(tmp_path) is None
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    for arguments in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "start"]):
+    remote = "https://user:password@git.example.org/x.git?token=t"
+    (tmp_path / "old.txt").write_text("a\n")
+    commands = (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "start"])
+    for arguments in (*commands, ["remote", "add", "origin", remote]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     clean = provenance.describe_checkout(tmp_path)
-    assert len(clean["commit"]) == 40 and clean["dirty"] is False
+    assert len(clean["commit"]) == 40 and clean["dirty"] is False and clean["changes"] == []
+    assert clean["remote"] == "https://git.example.org/x.git"
     (tmp_path / "new.txt").write_text("x")
-    assert provenance.describe_checkout(tmp_path) == {**clean, "dirty": True}
+    (tmp_path / "old.txt").write_text("b\n")
+    changed = {"dirty": True, "changes": [" M old.txt", "?? new.txt"]}
+    lines = "1 file changed, 1 insertion(+), 1 deletion(-)"
+    assert provenance.describe_checkout(tmp_path) == {**clean, **changed, "lines": lines}

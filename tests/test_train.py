@@ -12,7 +12,6 @@ import runs
 LOW_RATES = (
     "stage.distill.learning_rate={mixers: 2e-4, rest: 1e-4}",
 )  # a finished student is soon unsettled
-pytestmark = pytest.mark.xdist_group("whole-runs")  # they share one finished run
 
 
 @pytest.fixture(scope="module")

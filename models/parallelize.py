@@ -1,0 +1,102 @@
+"""Spreads a model over processes (FSDP2), and takes the whole tensors back out.
+
+Applied from outside, in this order: recompute blocks, then shard. The units of sharding are each layer's
+mixer or attention, the rest of each decoder layer, what remains of the backbone, and the head: whatever runs
+on its own (a mixer in alignment, the head over chunks of tokens, an attention that selection borrows) is a
+unit of its own.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from models.architectures import attention_modules, decoder_layers
+
+
+def shard(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    """Shards every parameter of a teacher or student over all processes, in place.
+
+    Each process begins with the whole model on its CPU and is left with its part on its device. The process
+    group must stand already.
+
+    Args:
+        model: a causal language model of a known family.
+        device: `cpu`, or `cuda:<index>` of this process.
+    """
+    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+    for index, layer in enumerate(decoder_layers(model)):
+        fully_shard(attention_modules(model)[index], mesh=mesh)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True)
+    # The head stays whole between the chunks of tokens that it is applied to.
+    fully_shard(model.get_output_embeddings(), mesh=mesh, reshard_after_forward=False)
+    model.to(device)  # what is no parameter: buffers
+    # The first module that runs becomes the root of the modules below it. A mixer that ran alone before its
+    # backbone would end up outside of it.
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+    drop_whole_tensors(model)
+    return model
+
+
+def sharded_strategy() -> ModelParallelStrategy:
+    """Lightning's strategy for models that `shard` has spread; each process saves its own part."""
+    return ModelParallelStrategy(
+        data_parallel_size=dist.get_world_size(), tensor_parallel_size=1, save_distributed_checkpoint=True
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has been applied."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def drop_whole_tensors(model: nn.Module) -> None:
+    """Leaves each process with its part alone where a forward pass has left whole tensors behind, in place.
+
+    Only then are a sharded model's parameters those that an optimiser and a checkpoint must know.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Every tensor of the model's state, whole and on the CPU; all processes must call it.
+
+    Args:
+        model: sharded or not.
+        keep: whether this process wants them; the others take part in gathering and get nothing.
+    """
+    whole = {}
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            whole[name] = tensor.detach().cpu()
+    return whole
+
+
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Makes each decoder layer forget its activations and compute them anew in the backward pass."""
+    for layer in decoder_layers(model):
+        layer.forward = _recomputed(layer.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return wrapped
