@@ -1,19 +1,27 @@
 """A student on disk: a Hugging Face folder, and `student.json` that says what stands in each layer."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from models import ranks
 from models.config import StudentConfig, options_from, plain_options
 from models.conversion import install_mixers
+from models.hf import TransmuteConfig
 from models.layer_plan import ATTENTION, LayerPlan
+from models.mixers import MIXERS
+from models.parallelize import full_tensors
 from models.teacher import REPOSITORY, TeacherConfig, load_teacher
+from models.whole_folder import FIX, check_tensors, read_json, read_tensors, whole_folder
 
 DESCRIPTION = "student.json"
 
@@ -29,53 +37,104 @@ class Student(NamedTuple):
 def save_student(folder: Path, student: Student, tokenizer: PreTrainedTokenizerBase, **facts: Any) -> None:
     """Writes a Hugging Face folder (config, safetensors, tokenizer) and `student.json`, whole or not at all.
 
+    All processes of a run must call it; the first one writes.
+
     Args:
         folder: replaced if it exists.
         student, tokenizer: what is saved.
         facts: plain data kept in `student.json`, for example the stage that made it.
     """
-    unfinished = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    student.model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    tensors = full_tensors(student.model, keep=ranks.is_first())
+    if ranks.is_first():
+        with whole_folder(folder) as unfinished:
+            write_student(unfinished, student, tensors, tokenizer, facts)
+    ranks.barrier()
+
+
+def write_student(
+    folder: Path,
+    student: Student,
+    tensors: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    facts: dict[str, Any],
+) -> None:
+    """Writes the files of a student into an empty folder; arguments as for `save_student`.
+
+    Args:
+        folder: exists.
+        student, tokenizer, facts: as for `save_student`.
+        tensors: the model's, whole and on the CPU.
+    """
+    student.model.save_pretrained(folder, state_dict=tensors)
+    tokenizer.save_pretrained(folder)
+    description = {"layer_plan": student.plan, "mixers": used_mixers(student), **facts}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+
+
+def used_mixers(student: Student) -> dict[str, dict[str, Any]]:
+    """Name -> options, as plain data, of every mixer that stands in some layer."""
     used = sorted(set(student.plan) - {ATTENTION})
-    mixers = {name: plain_options(student.config.options(name)) for name in used}
-    description = {"layer_plan": student.plan, "mixers": mixers, **facts}
-    (unfinished / DESCRIPTION).write_text(json.dumps(description, indent=1))
-    for file in unfinished.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    return {name: plain_options(student.config.options(name)) for name in used}
+
+
+def empty_student(hf_config: PretrainedConfig, config: StudentConfig, plan: list[str]) -> PreTrainedModel:
+    """A float32 student of which only the shape counts: its tensors are about to be loaded."""
+    model = AutoModelForCausalLM.from_config(
+        hf_config, attn_implementation=hf_config._attn_implementation
+    ).float()
+    install_mixers(model, config, plan)
+    return model
 
 
 def load_student(folder: Path, attention: str = "sdpa") -> Student:
-    """Loads what `save_student` wrote; every tensor must be there, and no other.
+    """Loads what `save_student` or an export wrote, by this repository's code; every tensor must be there.
 
     Raises:
-        ValueError: where the folder is no student's, or its tensors do not fit its description.
+        ValueError: where the folder is no student's, a file is damaged, or its tensors do not fit its
+            description.
     """
     folder = Path(folder)
     if not (folder / DESCRIPTION).exists():
         raise ValueError(f"{folder} is no student folder (no {DESCRIPTION}); name a run folder's `student`.")
-    description = json.loads((folder / DESCRIPTION).read_text())
-    plan = description["layer_plan"]
-    mixers = {name: options_from(name, options) for name, options in description["mixers"].items()}
-    config = StudentConfig(layer_plan=LayerPlan(layers=plan), mixers=mixers)
-    hf_config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=attention).float()
-    install_mixers(model, config, plan)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if missing or unexpected:
-        raise ValueError(
-            f"{folder} is damaged or of another version: missing {sorted(missing)[:3]}, unexpected "
-            f"{sorted(unexpected)[:3]}."
-        )
+    hf_config = parent_config(folder, attention)
+    plan, config = _described(folder, hf_config)
+    tensors = read_tensors(folder)
+    model = empty_student(hf_config, config, plan)
+    check_tensors(folder, tensors, model.state_dict())
+    model.load_state_dict(tensors, strict=False)
     return Student(model.train(), plan, config)
+
+
+def parent_config(folder: Path, attention: str = "sdpa") -> PretrainedConfig:
+    """The config of the Transformer that a student was made of; an export keeps it as `parent`.
+
+    Raises:
+        ValueError: where it is damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, attn_implementation=attention, trust_remote_code=False)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'} is missing or damaged ({error}). {FIX}") from error
+    return config.parent if isinstance(config, TransmuteConfig) else config
+
+
+def _described(folder: Path, hf_config: PretrainedConfig) -> tuple[list[str], StudentConfig]:
+    """The layer plan and the options that `student.json` tells.
+
+    Raises:
+        ValueError: where it is damaged, or of a version with other mixers or options.
+    """
+    path = folder / DESCRIPTION
+    description = read_json(path)
+    try:
+        mixers = {name: options_from(name, options) for name, options in description["mixers"].items()}
+        config = StudentConfig(layer_plan=LayerPlan(layers=description["layer_plan"]), mixers=mixers)
+        plan = config.layer_plan.resolve(hf_config.num_hidden_layers, list(MIXERS))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version ({type(error).__name__}: {error}). {FIX}"
+        ) from error
+    return plan, config
 
 
 def model_folder(path: str) -> Path:
