@@ -131,13 +131,15 @@ def install_mixers(model: PreTrainedModel, config: StudentConfig, plan: list[str
     device = next(model.parameters()).device
     replaced = [index for index, name in enumerate(plan) if name != ATTENTION]
     for index in replaced:
-        mixer = MIXERS[plan[index]](
-            attention_shape(attention_modules(model)[index], architecture),
-            config.options(plan[index]),
-            layer_index=index,
-            layer_count=len(layers),
-            first=index == replaced[0],
-        )
+        # Mixers are drawn on the CPU, wherever the model is; a model without weights gets them without.
+        with torch.device("meta" if device.type == "meta" else "cpu"):
+            mixer = MIXERS[plan[index]](
+                attention_shape(attention_modules(model)[index], architecture),
+                config.options(plan[index]),
+                layer_index=index,
+                layer_count=len(layers),
+                first=index == replaced[0],
+            )
         replace_attention(model, {index: mixer.to(device)})
     provide_context(model.base_model)
 
@@ -175,7 +177,7 @@ def transfer_table(
     architecture = architecture_of(teacher.config.model_type)
     names = {}
     for index, mixer in ((i, m) for i, m in attention_modules(student).items() if isinstance(m, Mixer)):
-        prefix = _attention_prefix(teacher, index)
+        prefix = attention_prefix(teacher, index)
         for target, source in INHERITED.items():
             if getattr(architecture, source) and getattr(mixer, target, None) is not None:
                 names[f"{prefix}.{getattr(architecture, source)}."] = f"{prefix}.{target}."
@@ -196,7 +198,8 @@ def transfer_table(
     return rows
 
 
-def _attention_prefix(model: PreTrainedModel, index: int) -> str:
+def attention_prefix(model: PreTrainedModel, index: int) -> str:
+    """The name, within the model, of what stands in a layer where the teacher has its attention."""
     module = attention_modules(model)[index]
     return next(name for name, candidate in model.named_modules() if candidate is module)
 

@@ -17,6 +17,18 @@ from transformers import (
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Fields of a Hugging Face config that decide which tensors a model has, and how large they are.
+SHAPE_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +42,8 @@ class TeacherConfig:
         attention: `sdpa`, `eager` or `flash_attention_2` (needs the flash-attn package and a GPU).
         dtype: of the frozen weights: float32, bfloat16, float16.
         trust_remote_code: run Python code that comes with the model; off unless you have read that code.
+        shape: folder with the model's config.json (also relative to this repository), which checks, plans and
+            dry runs read in the place of the Hub; None where there is none.
     """
 
     path: str | None
@@ -37,6 +51,7 @@ class TeacherConfig:
     attention: str = "sdpa"
     dtype: str = "float32"
     trust_remote_code: bool = False
+    shape: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -51,6 +66,10 @@ class TeacherConfig:
                 "teacher.revision "
                 "(a commit hash or tag), so that the run can be repeated."
             )
+        if self.shape is not None and self.shape_folder is None:
+            raise ValueError(
+                f"teacher.shape={self.shape!r} is no folder with a config.json; name one, or null."
+            )
 
     @property
     def folder(self) -> Path | None:
@@ -59,6 +78,19 @@ class TeacherConfig:
             if candidate.is_dir():
                 return candidate
         return None
+
+    @property
+    def shape_folder(self) -> Path | None:
+        """The folder that `shape` names."""
+        for candidate in (Path(self.shape).expanduser(), REPOSITORY / self.shape) if self.shape else ():
+            if (candidate / "config.json").is_file():
+                return candidate
+        return None
+
+    @property
+    def shape_only(self) -> bool:
+        """Whether `shape` is all that is here: neither weights nor a tokenizer."""
+        return self.path is not None and self.folder is None and self.shape is not None
 
     def _source(self) -> dict[str, Any]:
         location = self.folder or self.path
@@ -75,8 +107,39 @@ def load_tokenizer(config: TeacherConfig) -> PreTrainedTokenizerBase:
 
 
 def load_hf_config(config: TeacherConfig) -> Any:
-    """The teacher's Hugging Face config, without its weights."""
+    """The teacher's Hugging Face config, without its weights: of its folder, of `shape`, or of the Hub."""
+    if config.shape_only:
+        return AutoConfig.from_pretrained(config.shape_folder)
     return AutoConfig.from_pretrained(**config._source())
+
+
+def teacher_outline(config: TeacherConfig) -> PreTrainedModel:
+    """The teacher without weights, on the meta device: its shape costs neither memory nor network."""
+    hf_config = load_hf_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=DTYPES[config.dtype], attn_implementation="sdpa"
+        )
+    return model.requires_grad_(False).eval()
+
+
+def _check_shape(config: TeacherConfig) -> None:
+    """Holds `shape` against the model that is about to be loaded.
+
+    Raises:
+        ValueError: where a field differs that decides the size of a tensor.
+    """
+    if config.shape_folder is None:
+        return
+    said = AutoConfig.from_pretrained(config.shape_folder)
+    loaded = AutoConfig.from_pretrained(**config._source())
+    pairs = {name: (getattr(said, name, None), getattr(loaded, name, None)) for name in SHAPE_FIELDS}
+    wrong = [f"{name} {ours} != {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    if wrong:
+        raise ValueError(
+            f"teacher.shape={config.shape!r} is not the shape of teacher.path={config.path!r}: "
+            f"{', '.join(wrong)}; name its own config.json, or set teacher.shape=null."
+        )
 
 
 def load_teacher(config: TeacherConfig) -> PreTrainedModel:
@@ -84,9 +147,10 @@ def load_teacher(config: TeacherConfig) -> PreTrainedModel:
 
     Raises:
         ValueError: where weights are missing from the checkpoint, which would leave random memory in the
-            model.
+            model; where `shape` is another model's.
         OSError: from transformers, where the folder or Hub id holds no such model.
     """
+    _check_shape(config)
     model, info = AutoModelForCausalLM.from_pretrained(
         **config._source(),
         dtype=DTYPES[config.dtype],

@@ -1,0 +1,85 @@
+"""The numbers of a teacher or student that its cost depends on, counted from the model itself.
+
+The model may live on the meta device (models.teacher.teacher_outline): 72 B parameters then cost no memory.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.architectures import attention_modules, decoder_layers
+from models.layer_plan import ATTENTION
+from models.student import count_parameters, student_mixers
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What one model consists of, in parameters unless said.
+
+    Args:
+        parameters: all of them, shared ones once.
+        embedding: the table that tokens are looked up in; 0 where the head shares it.
+        head: hidden state -> logits.
+        mixing: attention, or what stands in its place, over all layers.
+        mixers: of these, what has replaced attention.
+        largest_unit: the largest part of a layer that is gathered as one (models/parallelize.py).
+        plan: what each layer mixes tokens with.
+        width, inner, head_size, feed_forward_width, vocabulary: D, heads x head size, N, the feed-forward
+            layer's inner width, V.
+    """
+
+    parameters: int
+    embedding: int
+    head: int
+    mixing: int
+    mixers: int
+    largest_unit: int
+    plan: tuple[str, ...]
+    width: int
+    inner: int
+    head_size: int
+    feed_forward_width: int
+    vocabulary: int
+
+    @property
+    def multiplied(self) -> int:
+        """Parameters below the head that each token is multiplied with."""
+        return self.parameters - self.embedding - self.head
+
+
+def outline(model: PreTrainedModel, plan: list[str]) -> Outline:
+    """Counts a teacher or a student.
+
+    Args:
+        model: with weights or without.
+        plan: a name per layer; `attention` in every layer of a teacher.
+    """
+    config = model.config
+    mixing = {index: count_parameters(module) for index, module in attention_modules(model).items()}
+    units = [*mixing.values(), *(_rest(layer, mixing[i]) for i, layer in enumerate(decoder_layers(model)))]
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Outline(
+        parameters=count_parameters(model),
+        embedding=0 if head.weight is embedding.weight else count_parameters(embedding),
+        head=count_parameters(head),
+        mixing=sum(mixing.values()),
+        mixers=sum(mixing[index] for index in student_mixers(model)),
+        largest_unit=max(units),
+        plan=tuple(plan),
+        width=config.hidden_size,
+        inner=head_size * config.num_attention_heads,
+        head_size=head_size,
+        feed_forward_width=config.intermediate_size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def teacher_plan(model: PreTrainedModel) -> list[str]:
+    """The plan of a model without mixers."""
+    return [ATTENTION] * model.config.num_hidden_layers
+
+
+def _rest(layer: nn.Module, mixing: int) -> int:
+    return count_parameters(layer) - mixing
