@@ -172,16 +172,16 @@ def decoding_cost(
     path: str | Path,
     *,
     context_lengths: Sequence[int],
-    teacher: Mapping[str, Sequence[float]],
-    student: Mapping[str, Sequence[float]],
+    models: Mapping[str, Mapping[str, Sequence[float]]],
 ) -> Path:
     """Draws what one more token costs in time and memory against the context before it.
 
     Args:
         path: the PNG to write.
         context_lengths: tokens already in the cache [C].
-        teacher: `seconds_per_token` [C] and `state_bytes` [C] (cache of one row) of the teacher.
-        student: the same of the student.
+        models: name -> `seconds_per_token` [C] and `state_bytes` [C] (cache of one row); one named
+            `teacher` is
+            drawn as such.
     """
     from matplotlib.ticker import FuncFormatter
 
@@ -191,17 +191,18 @@ def decoding_cost(
         (memory_axes, "state_bytes", 2.0**-20, "Decoding memory", "cache of one row (MiB)"),
     )
     for axes, key, factor, title, label in panels:
-        for name, numbers, colour, style in (
-            ("teacher", teacher, TEACHER_COLOUR, "s:"),
-            ("student", student, COLOURS[0], "o-"),
-        ):
-            axes.plot(context_lengths, np.asarray(numbers[key]) * factor, style, color=colour, label=name)
+        colours = iter(COLOURS)
+        for name, numbers in models.items():
+            style = {"color": TEACHER_COLOUR, "marker": "s", "linestyle": ":"}
+            if name != "teacher":
+                style = {"color": next(colours), "marker": "o"}
+            axes.plot(context_lengths, np.asarray(numbers[key]) * factor, label=name, **style)
         axes.set(title=title, xlabel="context before the token (tokens)", ylabel=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(context_lengths), [f"{length:,}" for length in context_lengths])
         axes.tick_params(axis="x", labelrotation=30)
         axes.set_xticks([], minor=True)
-        axes.legend(loc="lower right")  # both curves rise, or stay above zero
+        axes.legend(loc="upper left")
     time_axes.set_ylim(bottom=0)
     memory_axes.set_yscale("log", base=2)
     memory_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))

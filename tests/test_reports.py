@@ -218,11 +218,13 @@ def test_every_picture_is_drawn_and_not_empty(tmp_path, example, rows):
         },
         decoding={
             "context_lengths": lengths,
-            "teacher": {
-                "seconds_per_token": [0.003, 0.004, 0.007],
-                "state_bytes": [n * 4096 for n in lengths],
+            "models": {
+                "teacher": {
+                    "seconds_per_token": [0.003, 0.004, 0.007],
+                    "state_bytes": [n * 4096 for n in lengths],
+                },
+                "student": {"seconds_per_token": [0.003] * 3, "state_bytes": [196_608] * 3},
             },
-            "student": {"seconds_per_token": [0.003] * 3, "state_bytes": [196_608] * 3},
         },
         scores={"scores": [0.02, 0.4, -0.01], "kept": [1]},
     )

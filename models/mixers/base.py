@@ -3,9 +3,11 @@
 Shape letters: B rows, T tokens, D hidden width, H heads, G key/value heads, N head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
@@ -42,6 +44,11 @@ class AttentionShape:
         )
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or as it is where it is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 class Mixer(nn.Module):
     """Base of all mixers; `student_mixers` finds them by this class.
 
@@ -51,8 +58,10 @@ class Mixer(nn.Module):
     the norms `receptance_norm`, `key_norm` receive the teacher's weights.
     """
 
+    name: ClassVar[str]  # as layer plans call it
+    operator: ClassVar[str | None] = None  # of kernels/, that it runs on; its options then have `backend`
     options_class: ClassVar[type[Any]]
-    head_sizes: ClassVar[tuple[int, ...]]
+    head_sizes: ClassVar[Sequence[int]]
     layer_index: int
 
     def become_first(self) -> None:

@@ -14,13 +14,13 @@ from transformers import Cache
 
 from kernels.wkv7 import BACKENDS, HEAD_SIZES, wkv7
 from models.backbone import SequenceContext
-from models.mixers.base import AttentionShape, Mixer
+from models.mixers.base import AttentionShape, wide
+from models.mixers.heads import GATES, RecurrentMixer, check_choice, decay_bias
 from models.mixers.low_rank import LowRank, rounded_rank
-from models.mixers.token_shift import last_token, previous_token
-from models.sequence_state import RecurrentCacheLayer, recurrent_layer
+from models.mixers.token_shift import previous_token
+from models.sequence_state import RecurrentCacheLayer
 
 DECAY_SCALE = math.exp(-0.5)  # keeps the decay above exp(-exp(-0.5)) = 0.545
-GATES = ("none", "low", "full")
 WRITTEN_KEYS = ("unit", "raw")
 
 
@@ -54,23 +54,14 @@ class RWKV7Options:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.gate not in GATES:
-            raise ValueError(
-                f"student.mixers.rwkv7.gate={self.gate!r} is unknown; choose one of {', '.join(GATES)}."
-            )
-        if self.written_key not in WRITTEN_KEYS:
-            raise ValueError(
-                f"student.mixers.rwkv7.written_key={self.written_key!r} is unknown; choose one of "
-                f"{', '.join(WRITTEN_KEYS)}."
-            )
-        backends = ["auto", *(backend.name for backend in BACKENDS)]
-        if self.backend not in backends:
-            raise ValueError(f"kernel.wkv7={self.backend!r} is unknown; choose one of {', '.join(backends)}.")
+        check_choice("student.mixers.rwkv7.gate", self.gate, GATES)
+        check_choice("student.mixers.rwkv7.written_key", self.written_key, WRITTEN_KEYS)
+        check_choice("kernel.wkv7", self.backend, ("auto", *(backend.name for backend in BACKENDS)))
         if not 0 < self.rate_range <= 2:
             raise ValueError(f"student.mixers.rwkv7.rate_range={self.rate_range} must lie in (0, 2].")
 
 
-class RWKV7Mixer(Mixer):
+class RWKV7Mixer(RecurrentMixer):
     """Maps hidden states [B,T,D] to [B,T,D] with a state of H·N·N numbers per row instead of keys and values.
 
     Args:
@@ -84,32 +75,20 @@ class RWKV7Mixer(Mixer):
         ValueError: for a head size that the operator does not have.
     """
 
+    name = "rwkv7"
+    operator = "wkv7"
     options_class = RWKV7Options
     head_sizes = HEAD_SIZES
 
     def __init__(
         self, shape: AttentionShape, options: RWKV7Options, *, layer_index: int, layer_count: int, first: bool
     ):
-        super().__init__()
-        if shape.head_size not in HEAD_SIZES:
-            raise ValueError(
-                f"student.layer_plan: rwkv7 needs a head size in {HEAD_SIZES}; the teacher has "
-                f"{shape.head_size}. "
-                "Keep attention in its layers."
-            )
-        self.shape, self.options, self.layer_index = shape, options, layer_index
+        super().__init__(shape, options, layer_index)
         width, inner = shape.hidden_size, shape.heads * shape.head_size
         kv_inner = shape.kv_heads * shape.head_size
-        self.receptance = nn.Linear(width, inner, bias=shape.query_bias)
-        self.key = nn.Linear(width, kv_inner, bias=shape.key_bias)
-        self.value = nn.Linear(width, kv_inner, bias=shape.value_bias)
-        self.output = nn.Linear(inner, width, bias=shape.output_bias)
-        self.receptance_norm = nn.RMSNorm(shape.head_size, eps=shape.norm_eps) if shape.query_norm else None
-        self.key_norm = nn.RMSNorm(shape.head_size, eps=shape.norm_eps) if shape.key_norm else None
         rank = rounded_rank(1.8 * width**0.5)
-        self.decay = LowRank(
-            width, rank, inner, torch.tanh, bias=_decay_bias(inner, layer_index, layer_count)
-        )
+        start = decay_bias(inner, layer_index, layer_count)
+        self.decay = LowRank(width, rank, inner, torch.tanh, bias=start)
         self.rate = LowRank(width, rank, inner, None, bias=torch.zeros(inner))
         mixes = options.value_residual and not first
         value_rank = rounded_rank(1.3 * width**0.5)
@@ -117,12 +96,9 @@ class RWKV7Mixer(Mixer):
         self.residual = (
             LowRank(width, value_rank, kv_inner, None, bias=torch.full((kv_inner,), -4.0)) if mixes else None
         )
-        self.gate = _gate(options.gate, width, inner)
+        self.add_ending()
         self.shift_mix = nn.Parameter(torch.zeros(6, width)) if options.token_shift else None
         self.bonus = nn.Parameter(torch.zeros(shape.heads, shape.head_size)) if options.bonus else None
-        self.norm = (
-            nn.GroupNorm(shape.heads, inner, eps=shape.head_size * 1e-5) if options.group_norm else None
-        )
         raw = options.written_key == "raw"
         self.removed_key_scale = (
             nn.Parameter(torch.full((shape.heads, shape.head_size), 0.85)) if raw else None
@@ -153,15 +129,13 @@ class RWKV7Mixer(Mixer):
             [B,T,D] and None (in the place of attention weights).
         """
         context = sequence_context or SequenceContext()
-        memory = recurrent_layer(past_key_values, self.layer_index) if past_key_values is not None else None
-        if memory is not None:
-            memory.begin(context.continues)
+        memory = self.recall(past_key_values, context)
         inputs = self._inputs(hidden_states, context, memory)
-        receptance, key, value = self._heads(inputs, position_embeddings)
+        receptance, key, value = self.project_heads(inputs, position_embeddings)
         value = self._mix_first_value(value, inputs["v"], context)
         key, value = self.shape.repeat_kv(key), self.shape.repeat_kv(value)
-        log_decay = self._split(-DECAY_SCALE * torch.sigmoid(self.decay(inputs["w"]).float()))
-        rate = self._split(self.options.rate_range * torch.sigmoid(self.rate(inputs["a"]).float()))
+        log_decay = self.split(-DECAY_SCALE * torch.sigmoid(wide(self.decay(inputs["w"]))))
+        rate = self.split(self.options.rate_range * torch.sigmoid(wide(self.rate(inputs["a"]))))
         removed, written = self._keys(key, log_decay, rate)
         mixed, state = wkv7(
             receptance,
@@ -174,9 +148,11 @@ class RWKV7Mixer(Mixer):
             document_ids=context.document_ids,
             backend=self.options.backend,
         )
-        if memory is not None:
-            self._remember(memory, state, hidden_states, context)
-        return self._project(mixed, receptance, written, value, inputs["g"]), None
+        self.remember(memory, state, hidden_states, context, shifts=self.shift_mix is not None)
+        bonus = None
+        if self.bonus is not None:
+            bonus = (receptance * written * self.bonus).sum(-1, keepdim=True) * value
+        return self.finish(mixed, bonus, inputs["g"]), None
 
     def _inputs(
         self, hidden: Tensor, context: SequenceContext, memory: RecurrentCacheLayer | None
@@ -190,20 +166,6 @@ class RWKV7Mixer(Mixer):
         change = previous_token(hidden, context.document_ids, last) - hidden
         return {name: hidden + change * mix for name, mix in zip(names, self.shift_mix, strict=True)}
 
-    def _heads(
-        self, inputs: dict[str, Tensor], position_embeddings: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Receptance [B,T,H,N] (read scale included), key and value [B,T,G,N]."""
-        receptance = self._split(self.receptance(inputs["r"]))
-        key = self._split(self.key(inputs["k"]))
-        if self.receptance_norm is not None:
-            receptance = self.receptance_norm(receptance)
-        if self.key_norm is not None:
-            key = self.key_norm(key)
-        if self.options.rope and position_embeddings is not None:
-            receptance, key = rotate(receptance, position_embeddings), rotate(key, position_embeddings)
-        return receptance * self.shape.head_size**-0.5, key, self._split(self.value(inputs["v"]))
-
     def _mix_first_value(self, value: Tensor, hidden: Tensor, context: SequenceContext) -> Tensor:
         """Adds the first RWKV layer's value, where the layer has a value residual."""
         if context.first_value is None:
@@ -211,91 +173,13 @@ class RWKV7Mixer(Mixer):
         if self.residual is None:
             return value
         first = context.first_value.detach() if context.local_gradients else context.first_value
-        return value + (first - value) * self._split(torch.sigmoid(self.residual(hidden)))
+        return value + (first - value) * self.split(torch.sigmoid(self.residual(hidden)))
 
     def _keys(self, key: Tensor, log_decay: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
         """The unit key whose content is removed, and the key that is written: [B,T,H,N] each."""
-        key = key.float()
+        key = wide(key)
         if self.removed_key_scale is None:
             unit = F.normalize(key, dim=-1, eps=1e-6)
             return unit, unit * (-torch.expm1(log_decay) + rate)
         unit = F.normalize(key * self.removed_key_scale, dim=-1, eps=1e-6)
         return unit, key * (1 + (rate - 1) * self.written_key_mix)
-
-    def _project(
-        self, mixed: Tensor, receptance: Tensor, written: Tensor, value: Tensor, hidden: Tensor
-    ) -> Tensor:
-        """Norm, bonus, gate and output projection: [B,T,H,N] -> [B,T,D]."""
-        batch, tokens = mixed.shape[:2]
-        flat = mixed.flatten(2)
-        if self.norm is not None:
-            flat = self.norm(flat.flatten(0, 1)).view(batch, tokens, -1)
-        if self.bonus is not None:
-            weight = (receptance * written * self.bonus).sum(-1, keepdim=True)
-            flat = flat + (weight * value).flatten(2)
-        if self.gate is not None:
-            flat = flat * self.gate(hidden)
-        return self.output(flat.to(self.output.weight.dtype))
-
-    def _remember(
-        self, memory: RecurrentCacheLayer, state: Tensor, hidden: Tensor, context: SequenceContext
-    ) -> None:
-        last = None
-        if self.shift_mix is not None:
-            last = last_token(hidden, context.document_ids, memory.last_hidden)
-        memory.advance(state, last, hidden.shape[1])
-
-    def _split(self, flat: Tensor) -> Tensor:
-        """[B,T,heads·N] -> [B,T,heads,N]."""
-        return flat.unflatten(-1, (-1, self.shape.head_size))
-
-
-class LowRankGate(nn.Module):
-    """1 + σ(x A) B, with B = 0 at the start: exactly 1."""
-
-    def __init__(self, width: int, rank: int, inner: int):
-        super().__init__()
-        self.down, self.up = nn.Linear(width, rank, bias=False), nn.Linear(rank, inner, bias=False)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B,T,D] -> [B,T,H·N]."""
-        return 1 + self.up(torch.sigmoid(self.down(hidden)))
-
-
-class FullGate(nn.Module):
-    """2 σ(x W), with W = 0 at the start: exactly 1."""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(inner, width))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B,T,D] -> [B,T,H·N]."""
-        return 2 * torch.sigmoid(F.linear(hidden, self.weight))
-
-
-def rotate(heads: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on [B,T,heads,N], in the half-split layout of Hugging Face
-    decoders."""
-    cosine, sine = (table[:, :, None] for table in position_embeddings)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat([-second, first], dim=-1) * sine
-
-
-def _gate(kind: str, width: int, inner: int) -> nn.Module | None:
-    if kind == "none":
-        return None
-    return (
-        FullGate(width, inner)
-        if kind == "full"
-        else LowRankGate(width, rounded_rank(0.6 * width**0.8), inner)
-    )
-
-
-def _decay_bias(inner: int, layer_index: int, layer_count: int) -> Tensor:
-    """RWKV-7's start: per channel from half-lives of hundreds of tokens to a few, steeper in deeper
-    layers."""
-    depth = layer_index / max(layer_count - 1, 1)
-    place = torch.arange(inner, dtype=torch.float32) / max(inner - 1, 1)
-    return -6.5 + 5.0 * place ** (0.85 + depth**0.5)

@@ -1,0 +1,90 @@
+"""The benchmark suite `decoding`: what one more token costs, against the context before it."""
+
+import csv
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from conf.launch import quieten
+from models.config import StudentConfig
+from models.conversion import build_student
+from models.decoding import decoding_cost
+from models.layer_plan import LayerPlan
+from models.mixers import MIXERS
+from models.student_folder import load_model, model_folder
+from reports.plots import decoding_cost as draw_decoding_cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingSuite:
+    """Times decoding of a teacher and of students made from it; what they have learned makes no difference.
+
+    Args:
+        teacher: run folder or Hugging Face folder.
+        students: name -> layer plan (models.layer_plan.LayerPlan).
+        contexts: tokens in the cache, ascending.
+        tokens: tokens timed at each; the median counts.
+        threads: of torch.
+    """
+
+    teacher: str
+    students: Mapping[str, LayerPlan]
+    contexts: Sequence[int]
+    tokens: int
+    threads: int
+
+    def run(self, folder: Path, seed: int) -> None:
+        """Prints the table and writes decoding.csv and decoding.png."""
+        quieten()
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(seed)
+        teacher = load_model(model_folder(self.teacher))
+        models = {"teacher": teacher}
+        models |= {name: _student(teacher, plan) for name, plan in self.students.items()}
+        cost = decoding_cost(models, list(self.contexts), self.tokens)
+        rows = [
+            {
+                "model": name,
+                "context": context,
+                "seconds_per_token": found["seconds_per_token"][index],
+                "from_median": found["seconds_per_token"][index]
+                / statistics.median(found["seconds_per_token"]),
+                "cache_bytes_per_row": found["state_bytes"][index],
+            }
+            for name, found in cost.items()
+            for index, context in enumerate(self.contexts)
+        ]
+        with (folder / "decoding.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+        draw_decoding_cost(folder / "decoding.png", context_lengths=list(self.contexts), models=cost)
+        _show(rows)
+        Console().print(f"written to {folder}")
+
+
+def _student(teacher: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
+    names = plan.resolve(teacher.config.num_hidden_layers, list(MIXERS))
+    return build_student(teacher, StudentConfig(layer_plan=plan), names)[0].eval()
+
+
+def _show(rows: list[dict]) -> None:
+    table = Table("model", title="Decoding, one row: cost of one more token")
+    headings = ("context\n(tokens)", "time per token\n(ms)", "against the\nmodel's median", "cache\n(MiB)")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["model"],
+            f"{row['context']:,}",
+            f"{row['seconds_per_token'] * 1e3:.2f}",
+            f"{row['from_median'] - 1:+.1%}",
+            f"{row['cache_bytes_per_row'] / 2**20:.2f}",
+        )
+    Console().print(table)
