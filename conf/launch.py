@@ -1,14 +1,11 @@
 """Start-up shared by the scripts: where a run lives, what its config must satisfy, how errors are said."""
 
-import datetime
-import fcntl
+import errno
 import logging
 import os
+import shutil
 import sys
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,39 +16,18 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.ranks import check_processes, outer_rank, process_count, processes
+from conf.quiet import quieten as quieten
+from conf.ranks import check_processes
+from conf.run_folder import run_folder
+from conf.run_folder import running as running
 from conf.trials import is_trial, record_failure
 
 log = logging.getLogger(__name__)
-UNCHECKED_ON_RESUME = ("ckpt_path", "paths", "hydra", "logger", "callbacks", "trainer", "strategy")
 
 
 def register_resolvers() -> None:
     """Makes `${run_folder:...}` known; call it before Hydra composes."""
     OmegaConf.register_new_resolver("run_folder", run_folder, use_cache=True, replace=True)
-
-
-def run_folder(outputs: str, name: str, ckpt_path: str | None) -> str:
-    """The folder of a run: a new one, or with `ckpt_path` the one that goes on.
-
-    Args:
-        outputs: folder of all runs.
-        name: of the run.
-        ckpt_path: None, `auto` (the newest run of this name without a summary) or a run folder.
-    """
-    if outer_rank() > 0:  # the first process has the run folder, and tells the others
-        return str(Path(tempfile.gettempdir()) / f"transmute-rank-{outer_rank()}")
-    if ckpt_path not in (None, "auto"):
-        return str(ckpt_path)
-    parent = Path(outputs) / name
-    if ckpt_path == "auto":
-        unfinished = [
-            p.parent for p in parent.glob("*/config.yaml") if not (p.parent / "summary.json").exists()
-        ]
-        if unfinished:
-            return str(max(unfinished))
-    started = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
-    return str(parent / started)
 
 
 def plain_errors(main: Callable[[DictConfig], float | None]) -> Callable[[DictConfig], float | None]:
@@ -71,13 +47,32 @@ def plain_errors(main: Callable[[DictConfig], float | None]) -> Callable[[DictCo
                 sys.exit(2)
             record_failure(plain_message(error))
         except Exception as error:
-            if not is_trial():
+            if disk_is_full(error, Path(config.get("paths", {}).get("outputs", "."))):
+                error = OSError(
+                    errno.ENOSPC,
+                    f"no space is left for {config.paths.outputs} (paths.outputs) or {config.paths.cache} "
+                    "(paths.cache); free some and go on with ckpt_path=auto, what was saved is whole",
+                )
+                print(f"Error: {error.strerror}.", file=sys.stderr)
+                if not is_trial():
+                    sys.exit(2)
+            elif not is_trial():
                 raise
             log.exception("The trial has failed.")
             record_failure(f"{type(error).__name__}: {error}")
         return None
 
     return wrapped
+
+
+def disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Whether that is why writing below a folder has failed; libraries say it in different words, or not at
+    all."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return True
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def plain_message(error: Exception) -> str:
@@ -92,61 +87,6 @@ def _root_cause(error: BaseException) -> str:
     return str(error)
 
 
-@contextmanager
-def running(config: DictConfig) -> Iterator[Path]:
-    """Makes the run folder, keeps the config in it, starts the run's other processes, and seeds every
-    generator.
-
-    Yields:
-        The run folder; no other run can use it inside the block.
-
-    Raises:
-        ValueError: where a finished run is asked to go on, or an unfinished one with another config, or where
-            the folder is in use.
-    """
-    import lightning.pytorch as pl
-    import torch
-
-    from models import ranks
-
-    folder = Path(config.paths.run_folder)
-    with occupied(folder) if outer_rank() == 0 else nullcontext():
-        if outer_rank() == 0:
-            save_config(config, folder)
-        quieten()
-        with processes(config, folder):
-            folder = ranks.share(lambda: folder)
-            config.paths.run_folder = str(folder)
-            threads = config.trainer.threads or (os.cpu_count() or 1) // ranks.world_size()
-            if config.trainer.threads or ranks.world_size() > 1:
-                torch.set_num_threads(max(threads, 1))
-            pl.seed_everything(config.seed, workers=True, verbose=False)
-            log.info("Run folder: %s", folder)
-            yield folder
-
-
-@contextmanager
-def occupied(folder: Path) -> Iterator[None]:
-    """Keeps every other run out of a folder for the length of the block.
-
-    Raises:
-        ValueError: where another run is in it, or has finished in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"ckpt_path: another run is writing to {folder}; wait for its end, or start a new run."
-            ) from None
-        if (folder / "summary.json").exists():
-            raise ValueError(
-                f"ckpt_path: {folder} is finished; start a new run, or continue it with init_from={folder}."
-            )
-        yield
-
-
 def device(config: DictConfig) -> str:
     """Where models are measured outside a trainer: on this process's GPU if the trainer uses one, or the
     CPU."""
@@ -154,56 +94,6 @@ def device(config: DictConfig) -> str:
 
     uses_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if uses_gpu else "cpu"
-
-
-def quieten() -> None:
-    """Keeps advertisements, bars of loading and saving, and other people's deprecations out of the log."""
-    from transformers.utils import logging as transformers_logging
-
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-
-
-def save_config(config: DictConfig, folder: Path) -> None:
-    """Writes the resolved config to `<folder>/config.yaml`; a resumed run must agree with what is there.
-
-    Raises:
-        ValueError: where a resumed run's config differs in a key that changes its result.
-    """
-    path = folder / "config.yaml"
-    resolved = OmegaConf.to_container(config, resolve=True)
-    if path.exists():
-        before, now = (_comparable(c) for c in (OmegaConf.load(path), OmegaConf.create(resolved)))
-        different = [
-            key for key in sorted({*before, *now} - {*UNCHECKED_ON_RESUME}) if before.get(key) != now.get(key)
-        ]
-        if different:
-            raise ValueError(
-                f"ckpt_path: {folder} was started with another config; these keys differ: "
-                f"{', '.join(different)}. "
-                "Give the same overrides to resume it, or leave ckpt_path out to start a new run. (On "
-                "another number of devices, rows_per_device x devices must stay the same.)"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(resolved)))
-
-
-def _comparable(config: DictConfig) -> dict[str, Any]:
-    """What decides a run's result, as plain data: the stages it has, and rows counted over all processes."""
-    plain = OmegaConf.to_container(config)
-    plain["stage"] = {name: plain["stage"][name] for name in config.stages if name in plain["stage"]}
-    return _rows_per_batch(plain, process_count(config))
-
-
-def _rows_per_batch(value: Any, count: int) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: inner * count if key == "rows_per_device" else _rows_per_batch(inner, count)
-        for key, inner in value.items()
-    }
 
 
 def build(config: Any, key: str, **arguments: Any) -> Any:
@@ -271,6 +161,7 @@ def check(config: DictConfig) -> None:
     check_processes(config)
     if HydraConfig.initialized():
         check_overrides(config, HydraConfig.get().overrides.task)
+    _refuse_secrets(config)
     teacher = build(config.teacher, "teacher")
     student = build(
         config.student, "student", **({"_partial_": True} if "model_type" in config.student else {})
@@ -315,6 +206,33 @@ def _missing(value: Any, key: str) -> list[str]:
             name for inner in value for name in _missing(value[inner], f"{key}.{inner}".removeprefix("."))
         ]
     return [key] if value == "???" else []
+
+
+def _refuse_secrets(config: DictConfig) -> None:
+    """A secret in the config would be written to the run folder, and shown on dashboards.
+
+    What Hydra has already written of it is deleted.
+    """
+    from callbacks.provenance import HIDDEN, hide_secrets_in
+
+    keys = _hidden(hide_secrets_in(OmegaConf.to_container(config, resolve=False)), "", HIDDEN)
+    if not keys:
+        return
+    if HydraConfig.initialized():
+        shutil.rmtree(Path(HydraConfig.get().runtime.output_dir) / ".hydra", ignore_errors=True)
+    raise ValueError(
+        f"{', '.join(keys)}: a secret has no place in a config, which the run folder keeps. Set it in the "
+        "environment (HF_TOKEN, WANDB_API_KEY), and leave the key out."
+    )
+
+
+def _hidden(value: Any, key: str, mark: str) -> list[str]:
+    """Keys of the values that hold a mark."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        return [name for inner in value for name in _hidden(value[inner], f"{key}.{inner}".strip("."), mark)]
+    return [key] if isinstance(value, str) and mark in value else []
 
 
 def _check_student(student: Any, teacher: Any) -> None:

@@ -164,7 +164,7 @@ def _watch(children: list[subprocess.Popen], finished: threading.Event) -> None:
 
 
 def _reap(children: list[subprocess.Popen]) -> list[int]:
-    """Waits for the other processes to end by themselves and ends those that do not; numbers of failed ones."""
+    """Waits for the other processes, ends those that do not end by themselves; numbers of failed ones."""
     for child in children:
         try:
             child.wait(GRACE_SECONDS)

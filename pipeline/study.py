@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from conf.launch import UNCHECKED_ON_RESUME
+from conf.run_folder import UNCHECKED_ON_RESUME
 
 SETTINGS = "settings"
 DIRECTION = "hydra.sweeper.direction"

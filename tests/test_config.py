@@ -140,24 +140,42 @@ def test_a_misspelt_override_is_refused_by_name():
     assert done.returncode != 0 and "tokenz" in done.stderr
 
 
+SCRIPTS = ("train", "eval", "generate", "export", "plan", "benchmark")
+PLACEHOLDERS = {
+    "<run folder>": "outputs",
+    "<folder>": "outputs",
+    "<sweep folder>": "outputs",
+    "<commit>": "main",
+    "<file>": "chat.jinja",
+}
+# `python x.py ...` or `torchrun ... x.py ...`, on a line of its own up to its comment, or between backticks.
+OTHER_PROGRAMS = ("pipeline.sweep", "pip", "venv")  # the first is run in test_sweep.py
+COMMAND = re.compile(
+    r"(?:^ +|`)(?:[\w./]*python|torchrun(?: --[\w=]+)+) (?:-m )?([\w.]+)((?:(?! {2,}| *#)[^`\n])*)",
+    re.MULTILINE,
+)
+
+
 def documented_commands() -> list[str]:
-    pattern = re.compile(r"^\s*python (train|eval|benchmark)\.py(.*?)(?:\s+#.*|\s{3,}.*)?$", re.MULTILINE)
-    pages = [runs.REPOSITORY / "README.md", *sorted((runs.REPOSITORY / "docs").rglob("*.md"))]
-    found = {(m[1], m[2].strip()) for page in pages for m in pattern.finditer(page.read_text())}
-    return sorted(" ".join(pair) for pair in found)
-
-
-PLACEHOLDERS = {"<run folder>": "outputs", "<commit>": "main"}
+    """Every command of the README and the other pages that starts Python."""
+    root = runs.REPOSITORY
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]
+    found = {(m[1], m[2].strip()) for page in pages for m in COMMAND.finditer(page.read_text())}
+    return sorted(" ".join(pair).strip() for pair in found)
 
 
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_commands_compose(command: str):
     for placeholder, value in PLACEHOLDERS.items():
         command = command.replace(placeholder, value)
+    assert "<" not in command
     script, *arguments = shlex.split(command)
+    if script in OTHER_PROGRAMS:
+        return
+    assert script.removesuffix(".py") in SCRIPTS
     overrides = [argument for argument in arguments if argument not in ("-m", "--cfg", "job")]
     for choice in _first_choices(overrides):
-        compose(script, overrides=choice)
+        compose(script.removesuffix(".py"), overrides=choice)
 
 
 def _first_choices(overrides: list[str]) -> list[list[str]]:
