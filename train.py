@@ -34,23 +34,16 @@ def convert(config: DictConfig, run: Path, loggers: Any) -> None:
     """What every process of the run does: teacher, student, stages, results."""
     from models import ranks
     from models.student_folder import save_student
-    from models.teacher import load_teacher, teacher_outline
     from pipeline.results import HeldOut, finish, log_kernel
     from pipeline.stages import remove_step_checkpoints, run_stage
-    from pipeline.students import TRANSFER, place, starting_student, student_folder
+    from pipeline.students import TRANSFER, load_models, load_run_tokenizer, student_folder
     from reports.journal import Journal
 
     journal = Journal(run, writes=ranks.is_first())
     started = time.perf_counter()
-    teacher_config = launch.build(config.teacher, "teacher")
-    outlined = config.dry_run and teacher_config.shape_only  # no weights, no tokenizer, no network
-    tokenizer = None if outlined else launch.build(config.tokenizer, "tokenizer")
-    load = teacher_outline if outlined else load_teacher
-    teacher = load(teacher_config) if teacher_config.path else None
-    student = starting_student(config, teacher, tokenizer, journal, run)
+    tokenizer = load_run_tokenizer(config)
+    teacher, student = load_models(config, tokenizer, journal, run)
     log_kernel(student)
-    place(config, teacher, trained=False)
-    place(config, student.model, trained=True)
     if config.dry_run:
         launch.show_plan(config, student)
         return

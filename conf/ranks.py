@@ -4,6 +4,7 @@ Lightning would start the other processes with the first one's command line, so 
 would begin a sweep of its own. Here they get the config that the first process has saved in the run folder.
 """
 
+import datetime
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT = datetime.timedelta(hours=2)  # of one wait: large models are loaded by one process after the other
 GRACE_SECONDS = 60.0  # between the end of one process and the end of the others
 
 
@@ -121,7 +123,11 @@ def _join(config: DictConfig) -> None:
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(
-        backend, rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]), device_id=device
+        backend,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        device_id=device,
+        timeout=TIMEOUT,
     )
 
 

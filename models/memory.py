@@ -73,9 +73,9 @@ def memory(work: Work, setting: Setting) -> dict[str, float]:
 
 
 def host_memory(work: Work, setting: Setting, processes: int) -> float:
-    """Bytes of a node's own memory at the start, when each of its processes holds whole models."""
+    """Bytes of a node's own memory at the start; with strategy=fsdp its processes load one after the other."""
     teacher = setting.teacher_bytes * work.teacher.parameters if work.teacher else 0
-    return processes * (4 * work.student.parameters + teacher)
+    return (1 if setting.strategy == "fsdp" else processes) * (4 * work.student.parameters + teacher)
 
 
 def _gradients(work: Work) -> float:

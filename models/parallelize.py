@@ -1,6 +1,6 @@
 """Spreads a model over processes (FSDP2), and takes the whole tensors back out.
 
-Applied from outside, in this order: recompute blocks, then shard. The units of sharding are each layer's
+Applied from outside, in this order: shard, recompute blocks, connect. The units of sharding are each layer's
 mixer or attention, the rest of each decoder layer, what remains of the backbone, and the head: whatever runs
 on its own (a mixer in alignment, the head over chunks of tokens, an attention that selection borrows) is a
 unit of its own.
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -23,17 +23,17 @@ from transformers import PreTrainedModel
 from models.architectures import attention_modules, decoder_layers
 
 
-def shard(model: PreTrainedModel, device: str) -> PreTrainedModel:
+def shard(model: PreTrainedModel, device: str, mesh: DeviceMesh) -> None:
     """Shards every parameter of a teacher or student over all processes, in place.
 
-    Each process begins with the whole model on its CPU and is left with its part on its device. The process
-    group must stand already.
+    Each process begins with the whole model on its CPU and is left with its part on its device. Nothing is
+    sent: processes may do this one after the other. `connect` must follow, in all of them together.
 
     Args:
         model: a causal language model of a known family.
         device: `cpu`, or `cuda:<index>` of this process.
+        mesh: of all processes, from `process_mesh`.
     """
-    mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for index, layer in enumerate(decoder_layers(model)):
         fully_shard(attention_modules(model)[index], mesh=mesh)
         fully_shard(layer, mesh=mesh)
@@ -41,12 +41,23 @@ def shard(model: PreTrainedModel, device: str) -> PreTrainedModel:
     # The head stays whole between the chunks of tokens that it is applied to.
     fully_shard(model.get_output_embeddings(), mesh=mesh, reshard_after_forward=False)
     model.to(device)  # what is no parameter: buffers
-    # The first module that runs becomes the root of the modules below it. A mixer that ran alone before its
-    # backbone would end up outside of it.
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+
+
+def process_mesh(device: str) -> DeviceMesh:
+    """The mesh of all processes of the run, whose group must stand already."""
+    return init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+
+
+@torch.no_grad()
+def connect(model: PreTrainedModel) -> None:
+    """Makes the units of a sharded model know each other, in all processes together.
+
+    The first module that runs becomes the root of those below it. A mixer that ran alone before its backbone
+    would end up outside of it.
+    """
+    device = next(model.parameters()).device
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     drop_whole_tensors(model)
-    return model
 
 
 def sharded_strategy() -> ModelParallelStrategy:

@@ -1,6 +1,7 @@
 """What the processes of one training run say to each other; with a single process everything is a no-op."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +28,21 @@ def barrier() -> None:
     """Waits for all processes."""
     if _together():
         dist.barrier()
+
+
+@contextmanager
+def in_turn(processes: int) -> Iterator[None]:
+    """Runs the block in one process of each machine after the other.
+
+    Args:
+        processes: of the run on each machine.
+    """
+    turn = rank() % processes
+    for _ in range(turn):
+        barrier()
+    yield
+    for _ in range(turn, processes):
+        barrier()
 
 
 def share(make: Callable[[], Any]) -> Any:

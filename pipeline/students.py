@@ -4,6 +4,7 @@ import csv
 import logging
 import re
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,8 +24,16 @@ from models.conversion import (
     restore_attention,
 )
 from models.layer_plan import ATTENTION, LayerPlan
-from models.parallelize import full_tensors, is_sharded, recompute_blocks, shard
+from models.parallelize import (
+    connect,
+    full_tensors,
+    is_sharded,
+    process_mesh,
+    recompute_blocks,
+    shard,
+)
 from models.student_folder import Student, empty_student, load_student, model_folder
+from models.teacher import load_teacher, teacher_outline
 from reports.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -32,7 +41,52 @@ TRANSFER = "transfer"
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 
 
-def starting_student(
+def load_models(
+    config: DictConfig, tokenizer: PreTrainedTokenizerBase | None, journal: Journal, run_folder: Path
+) -> tuple[PreTrainedModel | None, Student]:
+    """The teacher (None where there is none) and the student to go on with, where `strategy` wants them."""
+    sharded = config.strategy.name == "fsdp" and not config.dry_run
+    device = launch.device(config)
+    mesh = process_mesh(device) if sharded else None
+    # A machine holds the whole models of one process at a time.
+    with ranks.in_turn(config.trainer.devices) if sharded else nullcontext():
+        teacher = _load_teacher(config)
+        student = _starting_student(config, teacher, tokenizer, journal, run_folder)
+        for model in (teacher, student.model) if sharded else ():
+            if model is not None:
+                shard(model, device, mesh)
+    _make_ready(config, student.model)
+    if sharded and teacher is not None:
+        connect(teacher)
+    return teacher, student
+
+
+def load_run_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase | None:
+    """The run's tokenizer; None in a dry run that has the teacher's shape alone."""
+    return None if _is_outlined(config) else build(config.tokenizer, "tokenizer")
+
+
+def _load_teacher(config: DictConfig) -> PreTrainedModel | None:
+    teacher = build(config.teacher, "teacher")
+    if teacher.path is None:
+        return None
+    return teacher_outline(teacher) if _is_outlined(config) else load_teacher(teacher)
+
+
+def _is_outlined(config: DictConfig) -> bool:
+    """Whether the run needs neither weights nor network: a dry run of a teacher whose shape is bundled."""
+    return config.dry_run and build(config.teacher, "teacher").shape_only
+
+
+def _make_ready(config: DictConfig, student: PreTrainedModel) -> None:
+    """What a student needs after it has been sharded or left whole, in place."""
+    if config.trainer.recompute_blocks:
+        recompute_blocks(student)
+    if is_sharded(student):
+        connect(student)
+
+
+def _starting_student(
     config: DictConfig,
     teacher: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,22 +118,6 @@ def starting_student(
     return Student(model, plan, student_config)
 
 
-def place(config: DictConfig, model: PreTrainedModel | None, *, trained: bool) -> None:
-    """Puts a teacher or a student where `strategy` wants it, in place.
-
-    Args:
-        config: of the run.
-        model: a plain one, or None.
-        trained: whether it will be trained, so that `trainer.recompute_blocks` counts.
-    """
-    if model is None or config.dry_run:
-        return
-    if trained and config.trainer.recompute_blocks:
-        recompute_blocks(model)
-    if config.strategy.name == "fsdp":
-        shard(model, launch.device(config))
-
-
 def with_kept_layers(
     config: DictConfig, student: Student, teacher: PreTrainedModel, layers: list[int]
 ) -> Student:
@@ -96,7 +134,9 @@ def with_kept_layers(
         attention = full_tensors(attention_modules(teacher)[index])
         tensors |= {f"{prefix}.{name}": tensor for name, tensor in attention.items()}
     model.load_state_dict({name: tensors[name] for name in model.state_dict()})
-    place(config, model.train(), trained=True)
+    device = launch.device(config)
+    shard(model.train(), device, process_mesh(device))
+    _make_ready(config, model)
     return Student(model, plan, student.config)
 
 
