@@ -1,5 +1,6 @@
 """Measures this machine: `python benchmark.py suite=kernels` (backends of WKV-7) or `suite=decoding`."""
 
+import sys
 from pathlib import Path
 
 import hydra
@@ -7,6 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf import launch
+from conf.suites import check_suite
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="benchmark")
@@ -19,4 +21,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    check_suite("benchmark.py", sys.argv[1:])
     main()

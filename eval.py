@@ -1,60 +1,43 @@
-"""Measures a model on held-out text: `python eval.py model=<run folder or Hugging Face folder>`.
+"""Measures a model beside its teacher: `python eval.py model=<run or Hugging Face folder> suite=quick`.
 
-Prints loss, perplexity and in-context copying (the loss on passages shown for the first and for the second
-time), with a teacher also KL and top-1 agreement, and writes eval.json.
+`suite=quick` reads held-out text; `suite=lm_eval tasks=[arc_easy]` runs tasks of the lm-evaluation-harness.
+Prints a table and writes eval.json, eval.md and plots.
 """
 
-import json
+import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from conf import launch
-
-LABELS = {
-    "loss": "loss (nats/token)",
-    "perplexity": "perplexity",
-    "kl": "KL(teacher || model) (nats/token)",
-    "top1_agreement": "top-1 agreement with the teacher",
-    "copy_first": "loss on the first copy of a passage (nats/token)",
-    "copy_second": "loss on the second copy (nats/token)",
-    "copy_gain": "copy gain: first - second (nats/token)",
-    "copy_ratio": "second / first",
-}
+from conf.suites import check_suite
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 @launch.plain_errors
 def main(config: DictConfig) -> None:
-    """Loads, measures, prints."""
+    """Checks, measures, tells."""
     launch.check_complete(config)
     launch.quieten()
+    suite = launch.build(config.suite, "suite")
     from rich.console import Console
-    from rich.table import Table
-    from transformers import AutoTokenizer
 
-    from models.evaluation import held_out_row
-    from models.student_folder import load_model, model_folder
+    from pipeline.evaluation import find_subjects
+    from reports.eval_report import figures_table, write_eval
 
-    folder = model_folder(config.model)
-    model = load_model(folder, config.attention)
-    teacher = (
-        load_model(model_folder(config.teacher_folder), config.attention) if config.teacher_folder else None
-    )
-    data = launch.build(config.data, "data", tokenizer=AutoTokenizer.from_pretrained(folder))
-    row, positions = held_out_row(model, teacher, data.validation_batches(), data.copy_batches())
-    row["copy_ratio"] = row["copy_second"] / row["copy_first"]
-    table = Table("held-out figure", "value", title=str(config.model))
-    for key, label in LABELS.items():
-        if key in row:
-            table.add_row(label, f"{row[key]:.4f}")
-    Console().print(table)
-    output = Path(config.paths.run_folder) / "eval.json"
-    facts = {"model": str(config.model), **row, "loss_by_position": positions["loss"]}
-    output.write_text(json.dumps(facts))
+    model, teacher = find_subjects(config)
+    folder = Path(config.paths.run_folder)
+    findings = suite.run(model, teacher, folder)
+    name = HydraConfig.get().runtime.choices.suite
+    write_eval(folder, findings, model=model.name, teacher=teacher and teacher.name, suite=name)
+    console = Console()
+    console.print(figures_table(findings, title=f"{name}: {model.name}"))
+    console.print(f"written to {folder}", highlight=False)
 
 
 if __name__ == "__main__":
     launch.register_resolvers()
+    check_suite("eval.py", sys.argv[1:])
     main()

@@ -238,9 +238,18 @@ def _hidden(value: Any, key: str, mark: str) -> list[str]:
 def _check_student(student: Any, teacher: Any) -> None:
     """Holds the layer plan against the teacher's shape, which its config file tells."""
     from models.conversion import check_plan
+    from models.layer_plan import ATTENTION
+    from models.mixers import MIXERS
     from models.teacher import load_hf_config
 
-    check_plan(student, load_hf_config(teacher))
+    named = set(check_plan(student, load_hf_config(teacher))) - {ATTENTION}
+    missing = sorted(named - set(student.mixers))
+    if missing:
+        raise ValueError(
+            f"student.layer_plan names {', '.join(missing)}, whose options student.mixers lacks; choose a "
+            f"student that has them, or add them: '+student.mixers.{missing[0]}._target_=models.mixers."
+            f"{MIXERS[missing[0]].options_class.__name__}'."
+        )
 
 
 def show_plan(config: DictConfig, student: Any) -> None:

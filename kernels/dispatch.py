@@ -12,7 +12,7 @@ from kernels.jit_build import BuildError
 
 log = logging.getLogger(__name__)
 
-OPERATORS = ("wkv7",)  # each a package kernels/<name> with a BACKENDS tuple, in the order "auto" tries them
+OPERATORS = ("wkv7", "wkv6")  # each a package kernels/<name>; "auto" tries its BACKENDS in their order
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,48 @@ Shape letters: B rows, T tokens, n tokens with a label, V vocabulary.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from models import ranks
 from models.backbone import hidden_states
-from models.losses import IGNORED, cross_entropy, forward_kl
+from models.losses import IGNORED, cross_entropy, forward_kl, token_chunks
 
 CHUNK_TOKENS = 2048
+Comparison = Callable[[Tensor, Tensor], Tensor]  # logits of model and teacher, each [n,V] -> [n]
+
+
+def reverse_kl(model_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(model || teacher) per token, in nats: [n,V], [n,V] -> [n].
+
+    KL(teacher || model) asks whether the model allows what the teacher says; this one, whether the model says
+    what the teacher would not.
+    """
+    return forward_kl(teacher_logits, model_logits)
+
+
+def top1_agreement(model_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """1 where both hold the same token for the most likely one, else 0: [n,V], [n,V] -> [n]."""
+    return (model_logits.argmax(-1) == teacher_logits.argmax(-1)).float()
+
+
+def top5_agreement(model_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """1 where the teacher's most likely token is among the model's five, else 0: [n,V], [n,V] -> [n].
+
+    Among the five means that fewer than five tokens are more likely; a logit that is NaN counts as such.
+    """
+    chosen = model_logits.gather(-1, teacher_logits.argmax(-1, keepdim=True))
+    return ((model_logits <= chosen).logical_not().sum(-1) < 5).float()
+
+
+# What a model is compared with its teacher by: during a run, and by eval.py.
+USUAL = MappingProxyType({"kl": forward_kl, "top1_agreement": top1_agreement})
+EVERY = MappingProxyType({**USUAL, "reverse_kl": reverse_kl, "top5_agreement": top5_agreement})
 
 
 @dataclass
@@ -23,7 +54,7 @@ class MetricSums:
 
     Args:
         tokens: tokens with a label.
-        sums: metric -> sum over tokens: `loss`, `teacher_loss`, `kl` (nats), `top1_agreement` (hits).
+        sums: metric -> sum over tokens: `loss`, `teacher_loss` (nats), and those of a comparison.
         by_position: metric -> [T] sums by position in the row; `count` holds the tokens of each position.
     """
 
@@ -51,15 +82,19 @@ class MetricSums:
 
 @torch.no_grad()
 def batch_metrics(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor]
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batch: dict[str, Tensor],
+    comparisons: Mapping[str, Comparison] = USUAL,
 ) -> MetricSums:
-    """Loss of `model` on one batch; with a teacher also its loss, KL(teacher || model) and top-1 agreement.
+    """Loss of `model` on one batch; with a teacher also its loss, and by default KL and top-1 agreement.
 
     Args:
         model: a causal language model.
         teacher: another one over the same vocabulary, or None.
         batch: input_ids, labels, document_ids [B,T]; each result belongs to the position of the predicting
             token.
+        comparisons: name -> how the two are compared, where there is a teacher.
     """
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -71,14 +106,13 @@ def batch_metrics(
         for name, m in models.items()
     }
     values: dict[str, list[Tensor]] = {}
-    for start in range(0, len(labels), CHUNK_TOKENS):
-        chunk = slice(start, start + CHUNK_TOKENS)
+    for chunk in token_chunks(labels, CHUNK_TOKENS):
         logits = {name: m.get_output_embeddings()(hidden[name][chunk]) for name, m in models.items()}
         found = {"loss": cross_entropy(logits["model"], labels[chunk])}
         if teacher is not None:
             found["teacher_loss"] = cross_entropy(logits["teacher"], labels[chunk])
-            found["kl"] = forward_kl(logits["model"], logits["teacher"])
-            found["top1_agreement"] = (logits["model"].argmax(-1) == logits["teacher"].argmax(-1)).float()
+            for name, compare in comparisons.items():
+                found[name] = compare(logits["model"], logits["teacher"])
         for name, value in found.items():
             values.setdefault(name, []).append(value)
     per_token = {name: torch.cat(pieces).double() for name, pieces in values.items()}
@@ -93,14 +127,27 @@ def batch_metrics(
 
 
 def evaluate(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, batches: Iterable[dict[str, Tensor]]
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    batches: Sequence[dict[str, Tensor]],
+    comparisons: Mapping[str, Comparison] = USUAL,
 ) -> MetricSums:
-    """Sums of `batch_metrics` over batches, in evaluation mode; the model's mode is restored."""
-    total, was_training = MetricSums(), model.training
+    """Sums of `batch_metrics` over batches, in evaluation mode; the model's mode is restored.
+
+    Several processes divide the batches among themselves and return the same sums. Where the last round is
+    not full, a process repeats a batch without counting it: all must take part when a model is sharded.
+    """
+    own, was_training = MetricSums(), model.training
     model.eval()
-    for batch in batches:
-        total.add(batch_metrics(model, teacher, batch))
+    for start in range(0, len(batches), ranks.world_size()):
+        index = start + ranks.rank()
+        sums = batch_metrics(model, teacher, batches[index if index < len(batches) else 0], comparisons)
+        if index < len(batches):
+            own.add(sums)
     model.train(was_training)
+    total = MetricSums()
+    for part in ranks.gather(own):
+        total.add(part)
     return total
 
 

@@ -11,21 +11,24 @@ class LayerPlan:
     """A plan as the config states it.
 
     Args:
-        mixer: what replaces attention, for example `rwkv7`.
+        mixer: what replaces attention, for example `rwkv7`; or a list that is repeated over the depth:
+            [rwkv7, rwkv7, rwkv7, sparse] puts `sparse` in every fourth layer.
         keep: decoder layers (from 0; negative counts from the end) that keep attention.
-        layers: the whole plan, one name per layer; then `mixer` and `keep` must not say otherwise.
+        layers: the whole plan, one name per layer; `mixer` is then not asked, and `keep` must be empty.
 
     Raises:
-        ValueError: for contradictory statements.
+        ValueError: for contradictory or empty statements.
     """
 
-    mixer: str = "rwkv7"
+    mixer: str | Sequence[str] = "rwkv7"
     keep: Sequence[int] = ()
     layers: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.keep:
             raise ValueError("student.layer_plan: give either `layers` (the whole list) or `keep`, not both.")
+        if not self.mixer:
+            raise ValueError("student.layer_plan.mixer is empty; name a mixer, or a list of them to repeat.")
 
     def resolve(self, layer_count: int, known: Sequence[str]) -> list[str]:
         """One name per layer.
@@ -52,7 +55,8 @@ class LayerPlan:
                     f"{layer_count} layers."
                 )
             kept = {index % layer_count for index in self.keep}
-            plan = [ATTENTION if index in kept else self.mixer for index in range(layer_count)]
+            cycle = [self.mixer] if isinstance(self.mixer, str) else self.mixer
+            plan = [ATTENTION if index in kept else cycle[index % len(cycle)] for index in range(layer_count)]
         names = [*known, ATTENTION]
         unknown = sorted(set(plan) - set(names))
         if unknown:

@@ -73,7 +73,7 @@ def memory(work: Work, setting: Setting) -> dict[str, float]:
 
 
 def host_memory(work: Work, setting: Setting, processes: int) -> float:
-    """Bytes of a node's own memory at the start; with strategy=fsdp its processes load one after the other."""
+    """Bytes of a node's own memory at the start; with strategy=fsdp its processes take turns."""
     teacher = setting.teacher_bytes * work.teacher.parameters if work.teacher else 0
     return (1 if setting.strategy == "fsdp" else processes) * (4 * work.student.parameters + teacher)
 

@@ -1,25 +1,31 @@
-"""Decoding state of a recurrent layer, as a layer of a Hugging Face `Cache`; its size does not grow with the
-text.
+"""What mixers keep while decoding, as layers of a Hugging Face `Cache`: a recurrent state, whose size does
+not grow with the text, or keys and values in chunks.
 
-Shape letters: B rows, D hidden width, H heads, N head size.
+Shape letters: B rows, S tokens read so far, T tokens of a call, D hidden width, H heads, G key/value heads,
+N head size.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from kernels.segments import PADDING, RESET, token_codes
 
-class RecurrentCacheLayer(CacheLayerMixin):
-    """One layer's recurrent state.
+
+class MixerCacheLayer(CacheLayerMixin):
+    """What all of them share: rows that move together, and lengths counted as for full attention.
 
     Attributes:
-        state: [B,H,N,N] float32 (key-major), or None before the first token.
-        last_hidden: [B,D] the last token's mixer input, for token shift, or None.
+        tensors: names of the attributes that hold something per row: tensors [B,...], or None before the
+            first token.
         seen: tokens read so far, padding included (positions and masks are counted by it).
     """
+
+    tensors: tuple[str, ...]
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,30 +33,16 @@ class RecurrentCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets the text."""
-        self.state: Tensor | None = None
-        self.last_hidden: Tensor | None = None
+        for name in self.tensors:
+            setattr(self, name, None)
         self.seen = 0
-
-    def begin(self, continues: Tensor | None) -> None:
-        """Forgets the text of the rows [B] that begin a new document with this call."""
-        if continues is not None and self.state is not None:
-            keep = continues.to(self.state.dtype)
-            self.state = self.state * keep[:, None, None, None]
-            if self.last_hidden is not None:
-                self.last_hidden = self.last_hidden * keep[:, None].to(self.last_hidden.dtype)
-
-    def advance(self, state: Tensor, last_hidden: Tensor | None, tokens: int) -> None:
-        """Takes over the state after `tokens` more tokens."""
-        self.state, self.last_hidden = state, last_hidden
-        self.seen += tokens
-        self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate; part of the cache protocol."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Keys and values never come here: only mixers use this layer."""
-        raise TypeError("a recurrent cache layer holds no keys and values; its mixer calls `advance`")
+        """Attention's keys and values never come here: only mixers use this layer."""
+        raise TypeError("this cache layer belongs to a mixer, which calls `advance`")
 
     def get_seq_length(self) -> int:
         """Tokens read so far."""
@@ -77,26 +69,148 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self._rows(lambda tensor: tensor[indices])
 
     def bytes_per_row(self) -> int:
-        """Memory of one row's state."""
-        tensors = [tensor for tensor in (self.state, self.last_hidden) if tensor is not None]
-        return sum(tensor.numel() * tensor.element_size() // tensor.shape[0] for tensor in tensors)
+        """Memory of one row."""
+        held = self._held().values()
+        return sum(tensor.numel() * tensor.element_size() // tensor.shape[0] for tensor in held)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.tensors if getattr(self, name) is not None}
 
     def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.state = None if self.state is None else change(self.state)
-        self.last_hidden = None if self.last_hidden is None else change(self.last_hidden)
+        for name, tensor in self._held().items():
+            setattr(self, name, change(tensor))
+
+
+class RecurrentCacheLayer(MixerCacheLayer):
+    """One layer's recurrent state.
+
+    Attributes:
+        state: [B,H,N,N] float32 (key-major), or None before the first token.
+        last_hidden: [B,D] the last token's mixer input, for token shift, or None.
+    """
+
+    tensors = ("state", "last_hidden")
+    state: Tensor | None
+    last_hidden: Tensor | None
+
+    def begin(self, continues: Tensor | None) -> None:
+        """Forgets the text of the rows [B] that begin a new document with this call."""
+        if continues is not None and self.state is not None:
+            keep = continues.to(self.state.dtype)
+            self.state = self.state * keep[:, None, None, None]
+            if self.last_hidden is not None:
+                self.last_hidden = self.last_hidden * keep[:, None].to(self.last_hidden.dtype)
+
+    def advance(self, state: Tensor, last_hidden: Tensor | None, tokens: int) -> None:
+        """Takes over the state after `tokens` more tokens."""
+        self.state, self.last_hidden = state, last_hidden
+        self.seen += tokens
+        self.is_initialized = True
+
+
+class ChunkedTokens(NamedTuple):
+    """All tokens of a text up to the end of a call.
+
+    Attributes:
+        keys, values: [B,S,G,N], 0 on padding.
+        chunks: [B,S] int64, the number of each token's chunk in its row, -1 on padding. A document begins a
+            chunk, and the last chunk of a document may be short; all others have the full length.
+        first_chunks: [B,T] for the call's own tokens: the number of their document's first chunk.
+    """
+
+    keys: Tensor
+    values: Tensor
+    chunks: Tensor
+    first_chunks: Tensor
+
+
+class TokenCacheLayer(MixerCacheLayer):
+    """Keys and values of all tokens read so far, with the chunk that each belongs to; grows with the text.
+
+    Attributes:
+        keys, values, chunks: as in ChunkedTokens, or None before the first token.
+        counts: [B,3] int64: tokens of the current document, chunks of the row, the document's first chunk.
+    """
+
+    tensors = ("keys", "values", "chunks", "counts")
+    chunks: Tensor | None
+    counts: Tensor | None
+
+    def begin(self, continues: Tensor | None) -> None:
+        """Ends the document of the rows [B] that begin a new one with this call."""
+        if continues is not None and self.counts is not None:
+            fresh = self.counts[:, [1]] * self.counts.new_tensor([0, 1, 1])
+            self.counts = torch.where(continues[:, None], self.counts, fresh)
+
+    def advance(
+        self, keys: Tensor, values: Tensor, document_ids: Tensor | None, chunk_length: int
+    ) -> ChunkedTokens:
+        """Takes over the call's tokens and returns all.
+
+        Args:
+            keys, values: [B,T,G,N].
+            document_ids: [B,T] int32, -1 on padding, or None.
+            chunk_length: in real tokens of one document.
+        """
+        batch, length = keys.shape[:2]
+        if self.counts is None:
+            self.counts = torch.zeros(batch, 3, dtype=torch.int64, device=keys.device)
+        chunks, first, self.counts = _places(self.counts, document_ids, length, chunk_length)
+        padding = (chunks < 0)[..., None, None]
+        new = keys.masked_fill(padding, 0), values.masked_fill(padding, 0), chunks
+        old = (self.keys, self.values, self.chunks)
+        self.keys, self.values, self.chunks = (
+            fresh if held is None else torch.cat([held, fresh], dim=1)
+            for held, fresh in zip(old, new, strict=True)
+        )
+        self.seen += length
+        self.is_initialized = True
+        return ChunkedTokens(self.keys, self.values, self.chunks, first)
+
+
+def _places(
+    counts: Tensor, document_ids: Tensor | None, length: int, chunk_length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's chunk [B,T] (-1 on padding), its document's first chunk [B,T], and the counts [B,3] after
+    the call; arguments as in TokenCacheLayer."""
+    position, chunk_count, first = counts[:, :1], counts[:, 1:2], counts[:, 2:]
+    if document_ids is None:
+        document_ids = counts.new_zeros(counts.shape[0], length)
+    codes = token_codes(document_ids)
+    real, resets = codes != PADDING, codes == RESET
+    read = real.long().cumsum(1)
+    # How many real tokens of the call came before the document; negative where it began before the call.
+    origin = torch.where(resets, read - 1, -position).cummax(1).values
+    starts = real & ((read - 1 - origin) % chunk_length == 0)
+    chunks = chunk_count - 1 + starts.long().cumsum(1)
+    first = torch.where(resets, chunks, first).cummax(1).values
+    after = torch.stack([read[:, -1] - origin[:, -1], chunks[:, -1] + 1, first[:, -1]], dim=1)
+    return torch.where(real, chunks, -1), first, after
+
+
+Layer = TypeVar("Layer", bound=MixerCacheLayer)
 
 
 def recurrent_layer(cache: Cache, index: int) -> RecurrentCacheLayer:
     """The recurrent layer at a place of a cache; whatever stands there unused is replaced at first use."""
+    return _own_layer(cache, index, RecurrentCacheLayer)
+
+
+def token_layer(cache: Cache, index: int) -> TokenCacheLayer:
+    """The layer of chunked keys and values at a place of a cache; as `recurrent_layer`."""
+    return _own_layer(cache, index, TokenCacheLayer)
+
+
+def _own_layer(cache: Cache, index: int, kind: type[Layer]) -> Layer:
     while len(cache.layers) <= index:
-        cache.layers.append(RecurrentCacheLayer())
+        cache.layers.append(kind())
     layer = cache.layers[index]
-    if not isinstance(layer, RecurrentCacheLayer):
+    if not isinstance(layer, kind):
         if layer.get_seq_length():
             raise ValueError(
                 f"cache layer {index} already holds keys of another model; use a new cache per text"
             )
-        cache.layers[index] = layer = RecurrentCacheLayer()
+        cache.layers[index] = layer = kind()
     return layer
 
 
@@ -104,7 +218,7 @@ def cache_bytes_per_row(cache: Cache) -> int:
     """Memory that one row of a cache holds, over all layers: states, or keys and values."""
     total = 0
     for layer in cache.layers:
-        if isinstance(layer, RecurrentCacheLayer):
+        if isinstance(layer, MixerCacheLayer):
             total += layer.bytes_per_row()
         elif isinstance(layer.keys, torch.Tensor) and layer.keys.numel():
             total += sum(x.numel() * x.element_size() // x.shape[0] for x in (layer.keys, layer.values))

@@ -53,8 +53,8 @@ def plan_words(plan: dict[str, Any]) -> list[str]:
     said = [
         f"Parameters: teacher {_count(counts['teacher'])}, student {_count(counts['student'])}, of which "
         f"{_count(counts['mixers'])} in mixers.",
-        f"Memory of a node itself at the start: {plan['host_memory_gb']:,.1f} GB, for whole models before they "
-        "are spread.",
+        f"Memory of a node itself at the start: {plan['host_memory_gb']:,.1f} GB, for whole models before "
+        "they are spread.",
     ]
     for stage in plan["stages"]:
         if stage["fits"]:

@@ -11,7 +11,17 @@ from transformers import PreTrainedModel
 
 from models import evaluation
 from models.architectures import attention_modules
-from models.evaluation import MetricSums, batch_metrics, copy_gain, evaluate, held_out_row
+from models.evaluation import (
+    EVERY,
+    MetricSums,
+    batch_metrics,
+    copy_gain,
+    evaluate,
+    held_out_row,
+    reverse_kl,
+    top5_agreement,
+)
+from models.layer_errors import layer_errors, why_not_comparable
 from models.losses import IGNORED
 from models.selection import SelectLayers
 
@@ -27,9 +37,10 @@ def models() -> tuple[PreTrainedModel, PreTrainedModel]:
 
 def test_a_model_agrees_with_itself(models):
     teacher, _ = models
-    means = batch_metrics(teacher, teacher, packed_batch(ROWS)).means()
+    means = batch_metrics(teacher, teacher, packed_batch(ROWS), EVERY).means()
     assert means["kl"] == pytest.approx(0.0, abs=1e-7)
-    assert means["top1_agreement"] == 1.0
+    assert means["reverse_kl"] == pytest.approx(0.0, abs=1e-7)
+    assert means["top1_agreement"] == means["top5_agreement"] == 1.0
     assert means["loss"] == means["teacher_loss"]
 
 
@@ -44,8 +55,8 @@ def test_metrics_equal_a_dense_computation_document_by_document(models, chunk, m
     monkeypatch.setattr(evaluation, "CHUNK_TOKENS", chunk)
     teacher, student = models
     batch = packed_batch(ROWS)
-    sums = batch_metrics(student, teacher, batch)
-    wanted = {"loss": 0.0, "teacher_loss": 0.0, "kl": 0.0, "top1_agreement": 0.0}
+    sums = batch_metrics(student, teacher, batch, EVERY)
+    wanted = dict.fromkeys(("loss", "teacher_loss", *EVERY), 0.0)
     tokens = 0
     with torch.no_grad():
         for row, document in ((0, 0), (0, 1), (1, 0)):
@@ -54,9 +65,19 @@ def test_metrics_equal_a_dense_computation_document_by_document(models, chunk, m
             wanted["loss"] += F.cross_entropy(ours, ids[0, 1:], reduction="sum").item()
             wanted["teacher_loss"] += F.cross_entropy(theirs, ids[0, 1:], reduction="sum").item()
             wanted["kl"] += F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="sum").item()
+            wanted["reverse_kl"] += F.kl_div(theirs.log_softmax(-1), ours.softmax(-1), reduction="sum").item()
             wanted["top1_agreement"] += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+            among = ours.topk(5).indices == theirs.argmax(-1, keepdim=True)
+            wanted["top5_agreement"] += among.any(-1).sum().item()
             tokens += ids.shape[1] - 1
+    assert wanted["top1_agreement"] < wanted["top5_agreement"] < tokens
     assert sums.tokens == tokens and sums.sums.keys() == wanted.keys()
+    assert batch_metrics(student, teacher, batch).sums.keys() == {
+        "loss",
+        "teacher_loss",
+        "kl",
+        "top1_agreement",
+    }
     for name, value in wanted.items():
         assert sums.sums[name] == pytest.approx(value, rel=1e-4), name
         assert sums.means()[name] == pytest.approx(value / tokens, rel=1e-4)
@@ -128,6 +149,71 @@ def test_evaluation_leaves_the_mode_and_no_gradient(models, training):
     handle.remove()
     assert student.training == training and modes == [(False, False)]
     student.eval()
+
+
+def test_the_two_kl_by_hand():
+    """Model (1/2, 1/2), teacher (3/4, 1/4)."""
+    model, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    forward = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert EVERY["kl"](model, teacher).item() == pytest.approx(forward, rel=1e-5)
+    assert reverse_kl(model, teacher).item() == pytest.approx(reverse, rel=1e-5)
+
+
+def test_top5_by_hand():
+    """The teacher's choice is token 3; the model puts 4 others, 5 or none before it, or knows nothing."""
+    teacher = F.one_hot(torch.tensor([3] * 4), 8).float()
+    model = torch.zeros(4, 8)
+    model[0, [0, 1, 2, 4]] = 1.0
+    model[1, [0, 1, 2, 4, 5]] = 1.0
+    model[3] = math.nan
+    assert top5_agreement(model, teacher).tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+
+
+def test_layer_errors_equal_a_dense_computation(models):
+    """Two batches of unequal size, documents and padding; float64 throughout in what is held against."""
+    teacher, student = models
+    batches = [packed_batch(ROWS), packed_batch([[7]], seed=5)]
+    found = layer_errors(student, teacher, batches)
+    squares = [[] for _ in found]
+    with torch.no_grad():
+        for batch in batches:
+            for row, ids in enumerate(batch["document_ids"]):
+                for document in set(ids.tolist()) - {-1}:
+                    tokens = batch["input_ids"][row, ids == document][None]
+                    for index in range(len(found)):
+                        ours, theirs = (layer_output(m, index, tokens).double() for m in (student, teacher))
+                        squares[index] += (
+                            ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().tolist()
+                        )
+    wanted = [math.sqrt(sum(values) / len(values)) for values in squares]
+    assert len(squares[0]) == 9 + 14 + 22 + 7
+    assert found == pytest.approx(wanted, rel=1e-4) and min(found) > 0.01
+
+
+def layer_output(model: PreTrainedModel, index: int, tokens: Tensor) -> Tensor:
+    """[T,D] after decoder layer `index`, of a row without padding."""
+    kept = []
+    handle = model.base_model.layers[index].register_forward_hook(lambda m, a, output: kept.append(output))
+    model(tokens)
+    handle.remove()
+    return kept[0][0]
+
+
+def test_a_model_has_no_layer_errors_against_itself(models):
+    teacher, _ = models
+    assert layer_errors(teacher, teacher, [packed_batch(ROWS)]) == [0.0] * 3
+    assert not teacher.base_model.layers[0]._forward_hooks
+
+
+def test_layers_that_do_not_pair_up_are_not_compared(models):
+    teacher, student = models
+    assert why_not_comparable(student, teacher) is None
+    assert "num_hidden_layers is 2" in why_not_comparable(tiny_teacher(layers=2), teacher)
+    assert "hidden_size" in why_not_comparable(tiny_teacher(hidden_size=32), teacher)
 
 
 # --- copying ------------------------------------------------------------------------------------------------

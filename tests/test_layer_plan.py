@@ -4,7 +4,8 @@ import pytest
 
 from models.layer_plan import LayerPlan
 
-KNOWN = ["rwkv7", "rwkv6"]
+KNOWN = ["rwkv7", "rwkv6", "sparse"]
+FOURTH = ["rwkv7", "rwkv7", "rwkv7", "sparse"]
 
 
 @pytest.mark.parametrize(
@@ -19,11 +20,16 @@ KNOWN = ["rwkv7", "rwkv6"]
         ({"mixer": "attention"}, "AAAA"),
         ({"layers": ["rwkv7", "attention", "rwkv6", "rwkv7"]}, "RA6R"),
         ({"layers": ["attention"] * 4, "keep": []}, "AAAA"),
+        ({"mixer": FOURTH}, "RRRS"),
+        ({"mixer": FOURTH, "keep": [1, -1]}, "RARA"),
+        ({"mixer": ["rwkv6", "attention"]}, "6A6A"),
+        ({"mixer": ("sparse",)}, "SSSS"),
+        ({"mixer": ["rwkv7"] * 5 + ["sparse"]}, "RRRR"),
     ],
     ids=str,
 )
 def test_plans_resolve(options, wanted):
-    names = {"R": "rwkv7", "6": "rwkv6", "A": "attention"}
+    names = {"R": "rwkv7", "6": "rwkv6", "A": "attention", "S": "sparse"}
     assert LayerPlan(**options).resolve(4, KNOWN) == [names[letter] for letter in wanted]
 
 
@@ -32,7 +38,11 @@ def test_plans_resolve(options, wanted):
     [
         ({"keep": [4]}, "student.layer_plan.keep=[4]: [4] is outside the teacher's 4 layers"),
         ({"keep": [0, -5, 7]}, "[-5, 7] is outside the teacher's 4 layers"),
-        ({"mixer": "rwkv8"}, "student.layer_plan: ['rwkv8'] is unknown; choose from rwkv7, rwkv6, attention"),
+        (
+            {"mixer": "rwkv8"},
+            "student.layer_plan: ['rwkv8'] is unknown; choose from rwkv7, rwkv6, sparse, att",
+        ),
+        ({"mixer": ["rwkv7", "sparsely"]}, "student.layer_plan: ['sparsely'] is unknown"),
         ({"layers": ["rwkv7"] * 3}, "student.layer_plan.layers has 3 entries; the teacher has 4 layers"),
         ({"layers": []}, "student.layer_plan.layers has 0 entries; the teacher has 4 layers"),
         ({"layers": ["rwkv7", "rwkv", "attention", "attn"]}, "['attn', 'rwkv'] is unknown"),
@@ -43,6 +53,18 @@ def test_plans_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError) as error:
         LayerPlan(**options).resolve(4, KNOWN)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("layers, wanted", [(1, "R"), (3, "RRR"), (10, "RRRSRRRSRR")])
+def test_a_list_of_mixers_is_repeated_over_any_depth(layers, wanted):
+    names = {"R": "rwkv7", "S": "sparse"}
+    assert LayerPlan(mixer=FOURTH).resolve(layers, KNOWN) == [names[letter] for letter in wanted]
+
+
+@pytest.mark.parametrize("mixer", ["", [], None], ids=str)
+def test_no_mixer_at_all_is_refused(mixer):
+    with pytest.raises(ValueError, match="student.layer_plan.mixer is empty"):
+        LayerPlan(mixer=mixer)
 
 
 def test_contradictions_are_refused():

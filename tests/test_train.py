@@ -135,7 +135,7 @@ def test_eval_finds_what_the_run_measured(finished: Path, tmp_path: Path, cache:
     )
     assert done.returncode == 0, done.stderr
     (output,) = tmp_path.glob("eval/*/eval.json")
-    found, expected = json.loads(output.read_text()), runs.summary(finished)["stages"][-1]
+    found, expected = json.loads(output.read_text())["figures"], runs.summary(finished)["stages"][-1]
     for key in ("loss", "kl", "top1_agreement", "copy_gain"):
         assert found[key] == pytest.approx(expected[key], rel=1e-6)
 

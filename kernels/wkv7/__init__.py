@@ -1,77 +1,27 @@
 """WKV-7, the generalised delta rule of RWKV-7 (arXiv 2503.14456): the one entry, `wkv7`."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
+from kernels.arguments import HEAD_SIZES, check_arguments, unsupported, without_autocast
 from kernels.dispatch import Backend, chosen_name
 from kernels.segments import token_codes
 from kernels.wkv7 import chunked, cpu, reference
 
-HEAD_SIZES = (32, 64, 128)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def _supports(device_type: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """What no backend can do, as a reason, else None (arguments as in kernels/dispatch.py)."""
-    if head_size not in HEAD_SIZES:
-        return f"head size {head_size} is not one of {HEAD_SIZES}"
-    return (
-        None if dtype in DTYPES else f"{dtype} is not a floating type of float64, float32, bfloat16, float16"
-    )
+__all__ = ["BACKENDS", "HEAD_SIZES", "wkv7"]
 
 
 def _supports_cpu(device_type: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """The same for the C++ backend."""
-    return _supports(device_type, dtype, head_size) or cpu.supports(device_type, dtype)
+    """What the C++ backend cannot do, as a reason, else None (arguments as in kernels/dispatch.py)."""
+    return unsupported(device_type, dtype, head_size) or cpu.supports(device_type, dtype)
 
 
 BACKENDS = (
     Backend("cpu", _supports_cpu, cpu.run, "compiled C++, the fastest on CPU", cpu.library),
-    Backend("chunked", _supports, chunked.run, "matrix products in plain torch, any device and dtype"),
-    Backend("reference", _supports, reference.run, "token by token, the definition"),
+    Backend("chunked", unsupported, chunked.run, "matrix products in plain torch, any device and dtype"),
+    Backend("reference", unsupported, reference.run, "token by token, the definition"),
 )
 RUN = {backend.name: backend.run for backend in BACKENDS}
-
-
-def _check(inputs: dict[str, Tensor], state: Tensor | None, document_ids: Tensor | None) -> torch.dtype:
-    """Refuse wrong shapes, dtypes and devices; returns the dtype to compute in (float64 or float32)."""
-    r = inputs["r"]
-    if r.dim() != 4 or r.shape[3] not in HEAD_SIZES or 0 in r.shape:
-        raise ValueError(
-            f"wkv7: r must be [B,T,H,N], none empty, head size N in {HEAD_SIZES}; got {tuple(r.shape)}"
-        )
-    double = r.dtype == torch.float64
-    for name, x in inputs.items():
-        if x.shape != r.shape:
-            raise ValueError(
-                f"wkv7: {name} has shape {tuple(x.shape)} where r has {tuple(r.shape)}; they must agree"
-            )
-        if x.device != r.device:
-            raise ValueError(f"wkv7: {name} is on {x.device} and r on {r.device}; move them to one device")
-        if x.dtype not in DTYPES or (x.dtype == torch.float64) != double:
-            raise ValueError(
-                f"wkv7: {name} is {x.dtype} and r {r.dtype}; use float64 for all, or float32/bf16/fp16"
-            )
-    batch, tokens, heads, size = r.shape
-    dtype = torch.float64 if double else torch.float32
-    if state is not None:
-        if state.shape != (batch, heads, size, size):
-            expected = (batch, heads, size, size)
-            raise ValueError(f"wkv7: state must be [B,H,N_k,N_v] = {expected}, got {tuple(state.shape)}")
-        if state.dtype != dtype or state.device != r.device:
-            raise ValueError(
-                f"wkv7: state must be {dtype} on {r.device}, got {state.dtype} on {state.device}"
-            )
-    if document_ids is not None:
-        if document_ids.shape != (batch, tokens):
-            raise ValueError(
-                f"wkv7: document_ids must be [B,T] = {(batch, tokens)}, got {tuple(document_ids.shape)}"
-            )
-        if document_ids.dtype not in (torch.int32, torch.int64) or document_ids.device != r.device:
-            raise ValueError(f"wkv7: document_ids must be int32 on {r.device}, got {document_ids.dtype}")
-    return dtype
 
 
 def wkv7(
@@ -105,14 +55,12 @@ def wkv7(
         ValueError: wrong shape, dtype, device or backend name. BuildError: the named backend cannot be built.
     """
     inputs = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
-    dtype = _check(inputs, state, document_ids)
+    dtype = check_arguments("wkv7", inputs, state, document_ids)
     device = r.device.type
     run = RUN[chosen_name("wkv7", backend, device, r.dtype, r.shape[3])]
     if state is None:
         state = torch.zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3], dtype=dtype, device=r.device)
     codes = None if document_ids is None else token_codes(document_ids)
-    # Inside autocast the matrix products of the torch backends would silently run in 16 bits.
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    with torch.autocast(device, enabled=False) if autocast else nullcontext():
+    with without_autocast(device):
         y, state = run(*(x.to(dtype) for x in inputs.values()), state, codes)
     return y.to(r.dtype), state

@@ -1,0 +1,89 @@
+"""What every recurrent operator accepts: the checks of its arguments, and the precision that it computes in.
+
+Shape letters: B rows, T tokens, H heads, N head size.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+HEAD_SIZES = (32, 64, 128)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(device_type: str, dtype: torch.dtype, head_size: int) -> str | None:
+    """What no backend can do, as a reason, else None (arguments as in kernels/dispatch.py)."""
+    if head_size not in HEAD_SIZES:
+        return f"head size {head_size} is not one of {HEAD_SIZES}"
+    return (
+        None if dtype in DTYPES else f"{dtype} is not a floating type of float64, float32, bfloat16, float16"
+    )
+
+
+def check_arguments(
+    operator: str, inputs: dict[str, Tensor], state: Tensor | None, document_ids: Tensor | None
+) -> torch.dtype:
+    """Refuses wrong shapes, dtypes and devices.
+
+    Args:
+        operator: its name, for the message.
+        inputs: by name, `r` among them; all [B,T,H,N].
+        state: [B,H,N,N] or None.
+        document_ids: [B,T] or None.
+
+    Returns:
+        The dtype to compute in: float64 where the inputs are, else float32.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    r = inputs["r"]
+    if r.dim() != 4 or r.shape[3] not in HEAD_SIZES or 0 in r.shape:
+        raise ValueError(
+            f"{operator}: r must be [B,T,H,N], none empty, head size N in {HEAD_SIZES}; got {tuple(r.shape)}"
+        )
+    for name, x in inputs.items():
+        if x.shape != r.shape:
+            raise ValueError(
+                f"{operator}: {name} has shape {tuple(x.shape)} where r has {tuple(r.shape)}; they must agree"
+            )
+        check_kind(operator, name, x, r)
+    batch, tokens, heads, size = r.shape
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    if state is not None:
+        expected = (batch, heads, size, size)
+        if state.shape != expected:
+            raise ValueError(
+                f"{operator}: state must be [B,H,N_k,N_v] = {expected}, got {tuple(state.shape)}"
+            )
+        if state.dtype != dtype or state.device != r.device:
+            raise ValueError(
+                f"{operator}: state must be {dtype} on {r.device}, got {state.dtype} on {state.device}"
+            )
+    if document_ids is not None:
+        if document_ids.shape != (batch, tokens):
+            raise ValueError(
+                f"{operator}: document_ids must be [B,T] = {(batch, tokens)}, got {tuple(document_ids.shape)}"
+            )
+        if document_ids.dtype not in (torch.int32, torch.int64) or document_ids.device != r.device:
+            raise ValueError(
+                f"{operator}: document_ids must be int32 on {r.device}, got {document_ids.dtype}"
+            )
+    return dtype
+
+
+def check_kind(operator: str, name: str, x: Tensor, r: Tensor) -> None:
+    """Refuses an input on another device than `r`, or of a dtype that cannot be mixed with its own."""
+    if x.device != r.device:
+        raise ValueError(f"{operator}: {name} is on {x.device} and r on {r.device}; move them to one device")
+    if x.dtype not in DTYPES or (x.dtype == torch.float64) != (r.dtype == torch.float64):
+        raise ValueError(
+            f"{operator}: {name} is {x.dtype} and r {r.dtype}; use float64 for all, or float32/bf16/fp16"
+        )
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Inside autocast the matrix products of plain torch would silently run in 16 bits; here they do not."""
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if autocast else nullcontext()
