@@ -4,13 +4,24 @@ import random
 
 import pytest
 import torch
-from tiny import ARWKV, LAYERS, packed_batch, packed_ids, random_ids, tiny_student, tiny_teacher
+from tiny import (
+    ARWKV,
+    LAYERS,
+    convert,
+    packed_batch,
+    packed_ids,
+    random_ids,
+    student_config,
+    tiny_student,
+    tiny_teacher,
+)
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from models.backbone import document_mask, document_positions, has_documents, hidden_states
 from models.decoding import decoding_cost
 from models.sequence_state import RecurrentCacheLayer, cache_bytes_per_row, recurrent_layer
+from models.student_folder import load_model, model_folder
 
 TOLERANCE = 1e-9  # of float64: what rounding does is no question here, and random models magnify it
 PLANS = {"pure": (), "keep_middle": (1,), "keep_first": (0,), "keep_last": (-1,)}
@@ -281,6 +292,18 @@ def test_the_cache_of_a_pure_student_does_not_grow(flavour):
     )  # state [H,N,N] and, shifted, the last token [D]
     assert cost["state_bytes"] == [LAYERS * shape] * 3
     assert len(cost["seconds_per_token"]) == 3 and min(cost["seconds_per_token"]) > 0
+
+
+def test_time_per_token_is_flat_for_a_student_and_grows_for_its_teacher():
+    """Ratios of medians within one run in which all take turns; benchmark.py suite=decoding shows more."""
+    teacher = load_model(model_folder("assets/tiny_qwen2"))
+    models = {"student": convert(teacher, student_config())[0], "teacher": teacher}
+    cost = decoding_cost(models, [256, 8192], tokens=40)
+    growth = {
+        name: found["seconds_per_token"][1] / found["seconds_per_token"][0] for name, found in cost.items()
+    }
+    assert growth["student"] < 1.2 < 1.5 < growth["teacher"]
+    assert cost["student"]["state_bytes"][0] == cost["student"]["state_bytes"][1]
 
 
 def test_the_cache_of_a_hybrid_grows_by_its_kept_layers_only():
