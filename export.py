@@ -32,11 +32,11 @@ def main(config: DictConfig) -> None:
     from models.hf.card import model_card
     from models.hf.export import check_folder, write_export
     from models.student_folder import DESCRIPTION, load_student
-    from models.teacher import TeacherConfig, load_tokenizer
     from models.whole_folder import read_json, whole_folder
+    from pipeline.generation import folder_tokenizer
 
+    tokenizer = folder_tokenizer(source)
     student = load_student(source)
-    tokenizer = load_tokenizer(TeacherConfig(path=str(source)))
     facts = {k: v for k, v in read_json(source / DESCRIPTION).items() if k not in ("layer_plan", "mixers")}
     console = Console(highlight=False)
     card = model_card(student, origin(source, facts.get("stage")))

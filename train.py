@@ -40,6 +40,7 @@ def convert(config: DictConfig, run: Path, loggers: Any) -> None:
     from reports.journal import Journal
 
     journal = Journal(run, writes=ranks.is_first())
+    ranks.barrier()  # all have read it before the first one writes
     started = time.perf_counter()
     tokenizer = load_run_tokenizer(config)
     teacher, student = load_models(config, tokenizer, journal, run)

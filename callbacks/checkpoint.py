@@ -43,6 +43,8 @@ class DurableCheckpoint(pl.Callback):
     def __init__(self, *, folder: str | Path, every_steps: int, keep: int = 2):
         if keep < 1:
             raise ValueError(f"callbacks.checkpoint.keep={keep} must be at least 1.")
+        if every_steps < 0:
+            raise ValueError(f"callbacks.checkpoint.every_steps={every_steps} must be 0 or more.")
         self.root, self.every_steps, self.keep = Path(folder), every_steps, keep
         self.folder = self.root
         self._saved_step = 0
@@ -138,9 +140,15 @@ def publish(unfinished: Path, path: Path, metrics: dict[str, float]) -> None:
             os.fsync(file.fileno())
     size = sum(part.stat().st_size for part in _parts(unfinished))
     facts = {"sha256": digest(unfinished), "bytes": size, "metrics": metrics}
-    facts_path(path).write_text(json.dumps(facts))
+    with facts_path(path).open("w") as file:
+        file.write(json.dumps(facts))
+        file.flush()
+        os.fsync(file.fileno())
     remove(path)
     os.replace(unfinished, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name itself
+    os.close(folder)
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -151,7 +159,9 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     for _, path in reversed(_by_step(Path(folder))):
         if is_whole(path):
             return path
-        log.warning("Checkpoint %s is damaged (its hash differs); falling back to the one before.", path)
+        log.warning("Checkpoint %s is damaged (its hash differs); it is passed over.", path)
+    if _by_step(Path(folder)):
+        log.warning("No checkpoint in %s is whole; the stage begins anew.", folder)
     return None
 
 
@@ -159,7 +169,7 @@ def is_whole(path: Path) -> bool:
     """Whether a checkpoint has the hash that was stored beside it."""
     try:
         expected = json.loads(facts_path(path).read_text())["sha256"]
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return digest(path) == expected
 

@@ -25,6 +25,8 @@ class StopOnSignal(pl.Callback):
         unknown = [name for name in signals if name not in signal.Signals.__members__]
         if unknown:
             raise ValueError(f"callbacks.stop_on_signal.signals: {unknown} are no names of signals.")
+        if deaf := {"SIGKILL", "SIGSTOP"} & {*signals}:
+            raise ValueError(f"callbacks.stop_on_signal.signals: no process can act on {', '.join(deaf)}.")
         self.signals = [signal.Signals[name] for name in signals]
         self._before: dict[signal.Signals, Any] = {}
         self._received: signal.Signals | None = None

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.quiet import quieten as quieten
-from conf.ranks import check_processes
+from conf.ranks import ProcessFailed, check_processes, process_count
 from conf.run_folder import run_folder
 from conf.run_folder import running as running
 from conf.trials import is_trial, record_failure
+from conf.values import check_count, check_evaluation, check_trainer, check_types
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,11 @@ def plain_errors(main: Callable[[DictConfig], float | None]) -> Callable[[DictCo
     def wrapped(config: DictConfig) -> float | None:
         try:
             return main(config)
-        except (ValueError, InstantiationException, OmegaConfBaseException) as error:
+        except (ValueError, InstantiationException, OmegaConfBaseException, ProcessFailed) as error:
             log.debug("Traceback of the error below", exc_info=True)
             print(f"Error: {plain_message(error)}", file=sys.stderr)
             if not is_trial():
-                sys.exit(2)
+                sys.exit(1 if isinstance(error, ProcessFailed) else 2)
             record_failure(plain_message(error))
         except Exception as error:
             if disk_is_full(error, Path(config.get("paths", {}).get("outputs", "."))):
@@ -97,11 +98,17 @@ def device(config: DictConfig) -> str:
 
 
 def build(config: Any, key: str, **arguments: Any) -> Any:
-    """Instantiates the config at `key`, its lists and dictionaries as plain Python ones."""
+    """Instantiates the config at `key`, its lists and dictionaries as plain Python ones.
+
+    Raises:
+        ValueError: naming the key, where a value is of the wrong type or is refused.
+    """
+    check_types(config, key)
     try:
         return hydra.utils.instantiate(config, _convert_="all", **arguments)
     except InstantiationException as error:
-        raise ValueError(f"{key}: {_root_cause(error)}") from error
+        cause = _root_cause(error)
+        raise ValueError(cause if cause.startswith(key) else f"{key}: {cause}") from error
 
 
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
@@ -140,6 +147,8 @@ def check(config: DictConfig) -> None:
     check_complete(config)
     if not config.stages:
         raise ValueError(f"stages is empty; choose from {', '.join(config.stage)}.")
+    if not OmegaConf.is_list(config.stages):
+        raise ValueError(f"stages={config.stages} must be a list; write stages=[{config.stages}].")
     unknown = [name for name in config.stages if name not in config.stage]
     if unknown:
         raise ValueError(
@@ -156,8 +165,11 @@ def check(config: DictConfig) -> None:
         raise ValueError(
             f"ckpt_path={config.ckpt_path} is no run folder; use auto, or name a folder below paths.outputs."
         )
-    if config.seed is None or config.seed < 0:
-        raise ValueError(f"seed={config.seed} must be a number from 0 on.")
+    if not config.name or not isinstance(config.name, str):
+        raise ValueError(f"name={config.name} must be a text: runs of one name share a folder.")
+    check_count(config.seed, "seed", 0)
+    check_trainer(config.trainer)
+    check_evaluation(config.evaluation)
     check_processes(config)
     if HydraConfig.initialized():
         check_overrides(config, HydraConfig.get().overrides.task)
@@ -166,18 +178,31 @@ def check(config: DictConfig) -> None:
     student = build(
         config.student, "student", **({"_partial_": True} if "model_type" in config.student else {})
     )
-    for name in config.stages:
-        stage = build(config.stage[name], f"stage.{name}")
-        if stage.name != name:
-            raise ValueError(f"stage.{name}.name={stage.name!r} must be {name!r}: results are kept by it.")
-        if teacher.path is None and getattr(getattr(stage, "objective", None), "needs_teacher", True):
-            raise ValueError(
-                f"stage.{name} needs a teacher; teacher.path is null. Choose teacher=tiny_qwen2 or "
-                "teacher=hub."
-            )
-        build(stage_data(config, name), "data", tokenizer=None)
+    stages = [_checked_stage(config, name, teacher) for name in config.stages]
+    for name, callback in config.callbacks.items():
+        if callback:
+            build(callback, f"callbacks.{name}")
     if teacher.path is not None and config.init_from is None:
-        _check_student(student, teacher)
+        replaced = _check_student(student, teacher)
+        for stage in stages:
+            if hasattr(stage, "check_candidates"):
+                stage.check_candidates(replaced)
+
+
+def _checked_stage(config: DictConfig, name: str, teacher: Any) -> Any:
+    """A stage that fits its name, the teacher and its data."""
+    stage = build(config.stage[name], f"stage.{name}")
+    if stage.name != name:
+        raise ValueError(f"stage.{name}.name={stage.name!r} must be {name!r}: results are kept by it.")
+    if teacher.path is None and getattr(getattr(stage, "objective", None), "needs_teacher", True):
+        raise ValueError(
+            f"stage.{name} needs a teacher; teacher.path is null. Choose teacher=tiny_qwen2 or teacher=hub."
+        )
+    data = build(stage_data(config, name), "data", tokenizer=None)
+    if hasattr(stage, "steps"):
+        rows = data.rows_per_device * process_count(config)
+        stage.steps(data.row_length * rows * stage.accumulate)  # refuses a budget of less than one step
+    return stage
 
 
 def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -235,21 +260,22 @@ def _hidden(value: Any, key: str, mark: str) -> list[str]:
     return [key] if isinstance(value, str) and mark in value else []
 
 
-def _check_student(student: Any, teacher: Any) -> None:
-    """Holds the layer plan against the teacher's shape, which its config file tells."""
+def _check_student(student: Any, teacher: Any) -> int:
+    """Holds the layer plan against the teacher's shape, which its config file tells; layers replaced."""
     from models.conversion import check_plan
     from models.layer_plan import ATTENTION
     from models.mixers import MIXERS
     from models.teacher import load_hf_config
 
-    named = set(check_plan(student, load_hf_config(teacher))) - {ATTENTION}
-    missing = sorted(named - set(student.mixers))
+    replaced = [name for name in check_plan(student, load_hf_config(teacher)) if name != ATTENTION]
+    missing = sorted(set(replaced) - set(student.mixers))
     if missing:
         raise ValueError(
             f"student.layer_plan names {', '.join(missing)}, whose options student.mixers lacks; choose a "
             f"student that has them, or add them: '+student.mixers.{missing[0]}._target_=models.mixers."
             f"{MIXERS[missing[0]].options_class.__name__}'."
         )
+    return len(replaced)
 
 
 def show_plan(config: DictConfig, student: Any) -> None:

@@ -11,21 +11,29 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 log = logging.getLogger(__name__)
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = datetime.timedelta(hours=2)  # of one wait: large models are loaded by one process after the other
+FIRST = "TRANSMUTE_FIRST_PROCESS"  # tells a process that another one has started which one that was
 GRACE_SECONDS = 60.0  # between the end of one process and the end of the others
+
+
+class ProcessFailed(RuntimeError):
+    """Another process of the run has ended before its time."""
 
 
 def started_from_outside() -> bool:
     """Whether torchrun, srun or another process of this run has started this one as one of several."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    # A batch script has SLURM_NTASKS as well; only srun makes it a step, with a process per task.
+    by_srun = "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    return "LOCAL_RANK" in os.environ or by_srun
 
 
 def outer_rank() -> int:
@@ -61,8 +69,9 @@ def check_processes(config: DictConfig) -> None:
             f"trainer.num_nodes={trainer.num_nodes}: start one process per device with torchrun or srun; "
             "train.py starts those of one node by itself."
         )
-    world = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
-    if started_from_outside() and strategy != "single" and int(world) != count:
+    world = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))
+    joined = "LOCAL_RANK" in os.environ or (started_from_outside() and strategy != "single")
+    if joined and int(world) != count:
         raise ValueError(
             f"trainer.devices x trainer.num_nodes = {count}, but {world} processes were started; "
             "make them equal."
@@ -89,22 +98,33 @@ def processes(config: DictConfig, folder: Path) -> Iterator[None]:
     finished = threading.Event()
     children = [] if started_from_outside() else _start_others(process_count(config), folder)
     threading.Thread(target=_watch, args=(children, finished), daemon=True).start()
-    ended_well = False
+    ended_well, lost = False, None
     try:
         _join(config)
         yield
         ended_well = True
+    except Exception as error:
+        lost = error if _contact_is_lost(error) else None
+        raise
     finally:
         finished.set()
         if dist.is_initialized():
             dist.destroy_process_group()
-        failed = _reap(children)
+        failure = _reap(children)
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        if failed and ended_well:
-            raise RuntimeError(f"process {failed[0]} of the run has failed; rank_{failed[0]}.log says why")
+        if lost or (failure and ended_well):
+            failure = failure or "another process of the run has ended; its own log says why"
+            raise ProcessFailed(f"{failure}. What was saved is whole: go on with ckpt_path=auto.") from lost
+
+
+def _contact_is_lost(error: Exception) -> bool:
+    """Whether an error only says that another process does not answer any more."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _join(config: DictConfig) -> None:
@@ -118,6 +138,7 @@ def _join(config: DictConfig) -> None:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(slurm.global_rank()), str(slurm.world_size())
         os.environ["LOCAL_RANK"] = str(slurm.local_rank())
+    os.environ["NODE_RANK"] = str(int(os.environ["RANK"]) // config.trainer.devices)
     backend, device = "gloo", None
     if config.trainer.accelerator != "cpu" and torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -140,7 +161,7 @@ def _start_others(count: int, folder: Path) -> list[subprocess.Popen]:
     os.environ |= {**common, "RANK": "0", "LOCAL_RANK": "0"}
     children = []
     for rank in range(1, count):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), FIRST: str(os.getpid())}
         command = rank_command(Path(sys.argv[0]).resolve(), folder.resolve())
         with (folder / f"rank_{rank}.log").open("a") as output:
             child = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
@@ -161,20 +182,35 @@ def rank_command(script: Path, folder: Path) -> list[str]:
 def _watch(children: list[subprocess.Popen], finished: threading.Event) -> None:
     """Ends this process where another one has failed and this one waits for it for ever."""
     while not finished.wait(1.0):
-        failed = [rank for rank, child in enumerate(children, 1) if child.poll() not in (None, 0)]
-        if failed and not finished.wait(GRACE_SECONDS):
-            log.error("Process %d has failed (rank_%d.log says why); the run is ended.", failed[0], failed[0])
+        if _failure(children) and not finished.wait(GRACE_SECONDS):
+            log.error("The run is ended: %s.", _failure(children))
             for child in children:
                 child.kill()
             os._exit(1)
 
 
-def _reap(children: list[subprocess.Popen]) -> list[int]:
-    """Waits for the other processes, ends those that do not end by themselves; numbers of failed ones."""
+def _failure(children: list[subprocess.Popen]) -> str | None:
+    """Which other process has failed, in words; None where none has."""
+    failed = [(child.returncode, rank) for rank, child in enumerate(children, 1) if child.poll()]
+    if failed:  # one that was killed, or that names an error of the user, comes before those that it let down
+        code, rank = min(failed, key=lambda found: (found[0] > 0, -found[0]))
+        how = f"was killed by signal {-code}" if code < 0 else f"has failed with exit code {code}"
+        return f"process {rank} of the run {how}; rank_{rank}.log says what it did"
+    if os.getppid() != int(os.environ.get(FIRST, os.getppid())):
+        return "the process that started this one is gone"
+    return None
+
+
+def _reap(children: list[subprocess.Popen]) -> str | None:
+    """Waits for the other processes and ends those that do not end by themselves; a failure, in words."""
+    deadline = time.monotonic() + GRACE_SECONDS
     for child in children:
-        try:
-            child.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(max(deadline - time.monotonic(), 0.0))
+    failure = _failure(children)
+    for rank, child in enumerate(children, 1):
+        if child.poll() is None:
+            failure = failure or f"process {rank} of the run did not end; rank_{rank}.log says what it did"
             child.kill()
             child.wait()
-    return [rank for rank, child in enumerate(children, 1) if child.returncode]
+    return failure

@@ -196,6 +196,9 @@ class TextDataModule(pl.LightningDataModule):
         for key in ("row_length", "rows_per_device", "validation_rows", "copy_rows", "copy_passage_length"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.{key}={getattr(self, key)} must be at least 1.")
+        for key in ("workers", "repeat_first_rows"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"data.{key}={getattr(self, key)} must be 0 or more.")
         if self.repeated_share > 0 and self.row_length < 4:
             raise ValueError(
                 f"data.repeated_share={self.repeated_share} needs data.row_length of at least 4."

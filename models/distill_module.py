@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from models import ranks
 from models.evaluation import batch_metrics
-from models.parallelize import drop_whole_tensors
 from models.stage import StageConfig, assert_float32, freeze_all_but
 from models.student import student_mixers
 
@@ -46,7 +46,6 @@ class ConversionModule(pl.LightningModule):
         self.stage_name = stage.name
         self.tokens_per_step, self.tokens_before = tokens_per_step, tokens_before
         self.steps = stage.steps(tokens_per_step)
-        drop_whole_tensors(student)
         self._groups = parameter_groups(student)
         trained = [
             p for group, parameters in self._groups.items() if stage.learning_rate[group] for p in parameters
@@ -78,8 +77,11 @@ class ConversionModule(pl.LightningModule):
         metrics = {f"{self.stage_name}/{name}": value for name, value in terms.parts.items()}
         metrics |= {f"{self.stage_name}/layer_{i}/alignment": value for i, value in terms.per_layer.items()}
         metrics[f"{self.stage_name}/total"] = terms.total.detach()
+        # The mean over processes, in one message instead of one for each metric.
+        means = ranks.mean(torch.stack([value.float() for value in metrics.values()]))
+        metrics = dict(zip(metrics, means.unbind(), strict=True))
         metrics |= {f"{self.stage_name}/learning_rate/{group}": rate for group, rate in self._rates().items()}
-        self.log_dict(metrics, sync_dist=True)
+        self.log_dict(metrics)
         return terms.total
 
     def _rates(self) -> dict[str, float]:
@@ -90,8 +92,7 @@ class ConversionModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
         """Held-out loss, and with a teacher its KL and agreement."""
         metrics = batch_metrics(self.student, self.teacher, batch).means()
-        named = {f"{self.stage_name}/validation_{name}": value for name, value in metrics.items()}
-        self.log_dict(named, sync_dist=True)
+        self.log_dict({f"{self.stage_name}/validation_{name}": value for name, value in metrics.items()})
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The stage's optimiser with one learning rate per group, and its schedule, stepped with the

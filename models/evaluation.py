@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from models import ranks
 from models.backbone import hidden_states
 from models.losses import IGNORED, cross_entropy, forward_kl, token_chunks
+from models.parallelize import kept_whole
 
 CHUNK_TOKENS = 2048
 Comparison = Callable[[Tensor, Tensor], Tensor]  # logits of model and teacher, each [n,V] -> [n]
@@ -105,16 +106,18 @@ def batch_metrics(
         name: hidden_states(m, batch["input_ids"], batch["document_ids"])[chosen]
         for name, m in models.items()
     }
+    heads = {name: m.get_output_embeddings() for name, m in models.items()}
     values: dict[str, list[Tensor]] = {}
-    for chunk in token_chunks(labels, CHUNK_TOKENS):
-        logits = {name: m.get_output_embeddings()(hidden[name][chunk]) for name, m in models.items()}
-        found = {"loss": cross_entropy(logits["model"], labels[chunk])}
-        if teacher is not None:
-            found["teacher_loss"] = cross_entropy(logits["teacher"], labels[chunk])
-            for name, compare in comparisons.items():
-                found[name] = compare(logits["model"], logits["teacher"])
-        for name, value in found.items():
-            values.setdefault(name, []).append(value)
+    with kept_whole(*heads.values()):
+        for chunk in token_chunks(labels, CHUNK_TOKENS):
+            logits = {name: head(hidden[name][chunk]) for name, head in heads.items()}
+            found = {"loss": cross_entropy(logits["model"], labels[chunk])}
+            if teacher is not None:
+                found["teacher_loss"] = cross_entropy(logits["teacher"], labels[chunk])
+                for name, compare in comparisons.items():
+                    found[name] = compare(logits["model"], logits["teacher"])
+            for name, value in found.items():
+                values.setdefault(name, []).append(value)
     per_token = {name: torch.cat(pieces).double() for name, pieces in values.items()}
     by_position = {"count": chosen.double().sum(0).cpu()}
     for name, value in per_token.items():

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from models.align import aligned_layers
 from models.backbone import hidden_states
 from models.losses import ALIGNMENT_LOSSES, IGNORED, chunked_mean, cross_entropy, forward_kl, mean_count
+from models.parallelize import kept_whole
 
 
 @dataclass
@@ -35,6 +36,9 @@ class CrossEntropy:
     needs_teacher = False
     chunk_tokens: int = 1024
 
+    def __post_init__(self) -> None:
+        _check_chunk(self.chunk_tokens)
+
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor]
     ) -> LossTerms:
@@ -43,13 +47,13 @@ class CrossEntropy:
         hidden = hidden_states(student, batch["input_ids"], batch["document_ids"])[chosen]
         labels = batch["labels"][chosen]
         head = student.get_output_embeddings()
-        loss = chunked_mean(
-            hidden,
-            head,
-            list(head.parameters()),
-            lambda logits, chunk: cross_entropy(logits, labels[chunk]),
-            self.chunk_tokens,
-        )
+        parameters = list(head.parameters())
+
+        def token_loss(logits: Tensor, chunk: slice) -> Tensor:
+            return cross_entropy(logits, labels[chunk])
+
+        with kept_whole(head):
+            loss = chunked_mean(hidden, head, parameters, token_loss, self.chunk_tokens)
         return LossTerms(loss, {"loss": loss.detach()})
 
 
@@ -69,6 +73,7 @@ class Distill:
     chunk_tokens: int = 1024
 
     def __post_init__(self) -> None:
+        _check_chunk(self.chunk_tokens)
         if self.temperature <= 0:
             raise ValueError(f"objective.temperature={self.temperature} must be positive.")
         if not 0 <= self.cross_entropy_weight <= 1:
@@ -97,7 +102,9 @@ class Distill:
             sums["loss"] += entropy.detach().sum()
             return (1 - self.cross_entropy_weight) * kl + self.cross_entropy_weight * entropy
 
-        total = chunked_mean(hidden, head, list(head.parameters()), token_loss, self.chunk_tokens)
+        parameters = list(head.parameters())
+        with kept_whole(head, teacher_head):
+            total = chunked_mean(hidden, head, parameters, token_loss, self.chunk_tokens)
         count = mean_count(len(labels), labels.device)
         return LossTerms(total, {name: value / count for name, value in sums.items()})
 
@@ -125,3 +132,8 @@ class Align:
         """Per layer: the alignment loss, averaged over the tokens of documents; the total is their mean."""
         losses, total = aligned_layers(student, teacher, batch, ALIGNMENT_LOSSES[self.loss])
         return LossTerms(total, {"alignment": total.detach()}, losses)
+
+
+def _check_chunk(tokens: int) -> None:
+    if tokens < 1:
+        raise ValueError(f"objective.chunk_tokens={tokens} must be at least 1.")

@@ -6,7 +6,8 @@ on its own (a mixer in alignment, the head over chunks of tokens, an attention t
 unit of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -37,9 +38,10 @@ def shard(model: PreTrainedModel, device: str, mesh: DeviceMesh) -> None:
     for index, layer in enumerate(decoder_layers(model)):
         fully_shard(attention_modules(model)[index], mesh=mesh)
         fully_shard(layer, mesh=mesh)
+    # Said for these two, because what runs as a root would stay whole after a forward pass: an optimiser step
+    # after a look at held-out rows would then miss its gradients.
     fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True)
-    # The head stays whole between the chunks of tokens that it is applied to.
-    fully_shard(model.get_output_embeddings(), mesh=mesh, reshard_after_forward=False)
+    fully_shard(model.get_output_embeddings(), mesh=mesh, reshard_after_forward=True)
     model.to(device)  # what is no parameter: buffers
 
 
@@ -57,7 +59,6 @@ def connect(model: PreTrainedModel) -> None:
     """
     device = next(model.parameters()).device
     model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
-    drop_whole_tensors(model)
 
 
 def sharded_strategy() -> ModelParallelStrategy:
@@ -72,14 +73,21 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def drop_whole_tensors(model: nn.Module) -> None:
-    """Leaves each process with its part alone where a forward pass has left whole tensors behind, in place.
-
-    Only then are a sharded model's parameters those that an optimiser and a checkpoint must know.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+@contextmanager
+def kept_whole(*modules: nn.Module) -> Iterator[None]:
+    """Gathers sharded units once for all calls inside the block; their parameters must be listed before
+    it."""
+    units = [module for module in modules if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False)
+        unit.set_reshard_after_backward(False)
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True)
+            unit.set_reshard_after_backward(True)
+            unit.reshard()
 
 
 def full_tensors(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:

@@ -73,16 +73,22 @@ class SelectLayers:
             )
         return found
 
+    def check_candidates(self, count: int) -> None:
+        """Refuses to keep more layers than are replaced.
+
+        Raises:
+            ValueError: naming the key.
+        """
+        if count < self.keep:
+            raise ValueError(f"stage.{self.name}.keep={self.keep} is more than the {count} replaced layers.")
+
     def choose(self, scores: dict[int, float]) -> list[int]:
         """The `keep` best layers, in order.
 
         Raises:
             ValueError: where there are fewer candidates.
         """
-        if len(scores) < self.keep:
-            raise ValueError(
-                f"stage.{self.name}.keep={self.keep} is more than the {len(scores)} replaced layers."
-            )
+        self.check_candidates(len(scores))
         return sorted(sorted(scores, key=lambda index: -scores[index])[: self.keep])
 
     @staticmethod

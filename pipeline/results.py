@@ -116,7 +116,6 @@ def _write(
         decoding=decoding,
         scores=journal.facts.get("selection"),
     )
-    write_summary(folder / "summary.json", summary)
     write_report(
         folder,
         summary,
@@ -125,6 +124,7 @@ def _write(
         config=OmegaConf.to_container(config, resolve=True),
         transfer=journal.facts.get("transfer", ()),
     )
+    write_summary(folder / "summary.json", summary)  # last: a run that has it is finished
     console = Console()
     console.print(summary_table(summary))
     console.print(f"Report: {folder / 'report.md'}   student: {folder / 'student'}", highlight=False)

@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from callbacks.checkpoint import checkpoint_metrics, checkpoint_step, newest_checkpoint
@@ -37,7 +39,7 @@ def train_stage(
         {"tokens", "seconds"}: trained on, and wall-clock time of the stage, earlier attempts included.
 
     Raises:
-        SystemExit: where training was stopped before its last step (a signal); the run can be resumed.
+        SystemExit: where training was asked to stop (a signal); the run can be resumed.
     """
     data = build(stage_data(config, stage.name), "data", tokenizer=tokenizer)
     data.prepare_data()
@@ -69,8 +71,11 @@ def train_stage(
         log.info("Stage %s goes on from %s", stage.name, resume)
     trainer = build_trainer(config, stage, module.steps, loggers, callbacks)
     started = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    if trainer.global_step < module.steps:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except CheckpointException as error:  # derives from BaseException, which nobody expects of an error
+        raise RuntimeError(str(error)) from error
+    if trainer.should_stop or trainer.global_step < module.steps:  # asked to, perhaps in the last step
         log.warning(
             "Stage %s stopped at step %d of %d; resume it with ckpt_path=auto.",
             stage.name,
@@ -105,6 +110,7 @@ def build_trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
+        plugins=[LightningEnvironment()],  # conf.ranks has set the variables, whoever started the processes
         strategy="auto" if config.strategy.name == "single" else build(config.strategy.lightning, "strategy"),
         precision=options.precision,
         deterministic=options.deterministic,

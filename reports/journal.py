@@ -19,9 +19,15 @@ class Journal:
 
     def __init__(self, run_folder: str | Path, *, writes: bool = True):
         self.path, self.writes = Path(run_folder) / JOURNAL, writes
-        self.facts: dict[str, Any] = (
-            json.loads(self.path.read_text()) if self.path.exists() else {"stages": []}
-        )
+        self.facts: dict[str, Any] = {"stages": []}
+        if self.path.exists():
+            try:
+                self.facts |= json.loads(self.path.read_text())
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"ckpt_path: {self.path} is damaged ({error}); start a new run, from a finished stage's "
+                    f"student with init_from={self.path.parent}/checkpoints/<stage>/student."
+                ) from error
 
     @property
     def stages(self) -> list[dict[str, Any]]:

@@ -91,6 +91,26 @@ def test_every_choice_of_a_group_composes(group: str):
         (["stage.select.keep=0", "stages=[select]"], ["stage.select.keep=0"]),
         (["kernel.wkv7=cuda"], ["cuda", "chunked"]),
         (["trainer.devices=2"], ["trainer.devices=2", "strategy=single"]),
+        (["trainer.precision=16"], ["trainer.precision=16", "bf16-mixed"]),
+        (["trainer.threads=-1"], ["trainer.threads=-1", "from 0 on"]),
+        (["name="], ["name=", "must be a text"]),
+        (["seed=one"], ["seed=one", "whole number"]),
+        (["stages=align"], ["stages=[align]", "list"]),
+        (["stage.align.tokens=nan"], ["stage.align.tokens=nan", "a number"]),
+        (["stage.align.learning_rate.mixers=inf"], ["stage.align.learning_rate.mixers=inf", "a number"]),
+        (["stage.align.accumulate=two"], ["stage.align.accumulate=two", "whole number"]),
+        (["stage.distill.tokens=5"], ["stage.distill.tokens=5", "one optimiser step"]),
+        (["stage.distill.objective.chunk_tokens=0"], ["stage.distill", "chunk_tokens=0"]),
+        (["stages=[align,select]", "stage.select.keep=5"], ["stage.select.keep=5", "4 replaced"]),
+        (["data.row_length=1.5"], ["data.row_length=1.5", "whole number"]),
+        (["data.workers=-1"], ["data.workers=-1"]),
+        (["data.sources.stdlib.validation_share=nan"], ["data.sources.stdlib.validation_share=nan"]),
+        (["callbacks.checkpoint.keep=0"], ["callbacks.checkpoint.keep=0"]),
+        (["callbacks.checkpoint.every_steps=-1"], ["callbacks.checkpoint.every_steps=-1"]),
+        (["callbacks.stop_on_signal.signals=[SIGKILL]"], ["callbacks.stop_on_signal", "SIGKILL"]),
+        (["callbacks.stop_on_signal.signals=SIGTERM"], ["callbacks.stop_on_signal.signals=SIGTERM", "list"]),
+        (["evaluation.decoding_contexts=[8,4]"], ["evaluation.decoding_contexts[1]=4", "from 9 on"]),
+        (["evaluation.decoding_tokens=0"], ["evaluation.decoding_tokens=0"]),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_in_words_that_name_it(overrides: list[str], words: list[str]):
@@ -131,6 +151,21 @@ def test_a_refusal_loads_nothing_heavy_and_exits_with_2():
     )
     assert "code 2 False" in done.stdout, done.stdout + done.stderr
     assert "Error: stages" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("+logger.wandb.api_key=hush", "logger.wandb.api_key"),
+        ("+data.sources.stdlib.token=hush", "data.sources.stdlib.token"),
+        ("name=see-hush-hush-12345", "name"),  # the value of a variable that is named like a secret
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(override: str, key: str, monkeypatch):
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "hush-hush-12345")
+    with pytest.raises(ValueError, match="secret") as refused:
+        launch.check(compose("train", overrides=[RUN_FOLDER, override]))
+    assert key in str(refused.value) and "hush" not in str(refused.value)
 
 
 def test_a_misspelt_override_is_refused_by_name():

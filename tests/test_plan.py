@@ -175,7 +175,7 @@ def test_every_machine_is_complete(machine: str):
         (["hardware.devices=0"], ["hardware.devices=0"]),
         (["hardware.memory_gib=1"], ["hardware.memory_gib=1"]),
         (["hardware.price_per_device_hour=-1"], ["price_per_device_hour"]),
-        (["trainer.precision=16-mixed"], ["hardware.peak_flops", "16-mixed"]),
+        (["~hardware.peak_flops.32-true"], ["hardware.peak_flops", "32-true"]),
         (["experiment=pretrain_tiny_teacher"], ["teacher.path", "plan.py"]),
         (["+hardware.gpus=8"], ["hardware", "gpus"]),
     ],
