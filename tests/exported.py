@@ -29,12 +29,12 @@ STUDENTS = {
 }
 
 
-def tiny(name: str) -> Student:
+def tiny(name: str, **teacher_options) -> Student:
     """One of STUDENTS, away from its start, so that no part is switched off by a zero."""
     family, keep, mixer, options = STUDENTS[name]
     plan = LayerPlan(mixer=mixer, keep=keep)
     config = StudentConfig(layer_plan=plan, mixers={mixer: MIXERS[mixer].options_class(**options)})
-    model, _ = convert(tiny_teacher(family), config)
+    model, _ = convert(tiny_teacher(family, **teacher_options), config)
     disturb(model, 0.1)
     return Student(model.eval(), plan.resolve(LAYERS, list(MIXERS)), config)
 

@@ -287,10 +287,10 @@ def run_script(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_script_exports_a_run(exports, tmp_path):
-    run = tmp_path / "run"
-    _, student = exports["qwen2-hybrid-radlads"]
-    save_student(run / "student", student, AutoTokenizer.from_pretrained(TOKENIZER), stage="distill")
+def test_the_script_exports_a_run(tmp_path):
+    run, tokenizer = tmp_path / "run", AutoTokenizer.from_pretrained(TOKENIZER)
+    student = tiny("qwen2-hybrid-radlads", vocab_size=len(tokenizer))
+    save_student(run / "student", student, tokenizer, stage="distill")
     (run / "config.yaml").write_text("teacher:\n  path: assets/tiny_qwen2\n  revision: null\n")
     done = run_script(tmp_path / "outputs", f"run={run}")
     assert done.returncode == 0, done.stderr
@@ -304,6 +304,13 @@ def test_the_script_exports_a_run(exports, tmp_path):
     with pytest.raises(ValueError, match="holds an export; .*overwrite=true"):
         script.check_output(run / "export", False)
     script.check_output(run / "export", True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    save_student(tmp_path / "student", tiny("qwen2-hybrid-radlads"), AutoTokenizer.from_pretrained(TOKENIZER))
+    done = run_script(tmp_path / "outputs", f"run={tmp_path}")
+    assert done.returncode == 2 and "do not belong together" in done.stderr
+    assert not (tmp_path / "export").exists()
 
 
 def test_a_wrong_run_is_said_in_a_line(tmp_path):
