@@ -89,7 +89,7 @@ def test_rwkvx_reads_a_billion_tokens_in_80_device_hours():
 
 def test_the_quickstart_takes_minutes_on_two_cores():
     found = stages(plan("experiment=quickstart", "hardware=cpu_laptop"))
-    assert found["align"]["hours"] * 60 == pytest.approx(2.6, rel=0.15)  # the table in README.md
+    assert found["align"]["hours"] * 60 == pytest.approx(2.6, rel=0.15)  # as measured beside other work
     assert found["distill"]["hours"] * 60 == pytest.approx(3.05, rel=0.15)
     assert found["select"]["trained"] == 0 and found["select"]["hours"] > 0
 
