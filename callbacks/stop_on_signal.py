@@ -40,7 +40,8 @@ class StopOnSignal(pl.Callback):
         """Asks training to stop where a process has been told so; only at the end of an optimiser step."""
         if trainer.fit_loop._should_accumulate():
             return
-        told = torch.tensor(float(self._received is not None), device=pl_module.device)
+        # On the CPU, over gloo: a GPU is not waited for at every step.
+        told = torch.tensor(float(self._received is not None))
         if trainer.strategy.reduce(told, reduce_op="max"):
             log.warning("Asked to stop; saving after step %d.", trainer.global_step)
             trainer.should_stop = True

@@ -67,7 +67,7 @@ def token_chunks(tokens: Tensor, size: int) -> list[slice]:
     """Slices of `size` tokens that cover [n,...]; as many in every process (the last ones may be empty),
     because all take part when a sharded head runs."""
     count = tokens.shape[0]
-    chunks = ranks.largest(-(-count // size), tokens.device)
+    chunks = ranks.largest(-(-count // size))
     return [slice(min(i * size, count), min((i + 1) * size, count)) for i in range(chunks)]
 
 

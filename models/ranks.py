@@ -77,11 +77,11 @@ def mean(value: Tensor) -> Tensor:
     return total(value) / world_size() if _together() else value
 
 
-def largest(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers."""
+def largest(number: int) -> int:
+    """The largest of the processes' numbers; it is told over gloo, and no GPU is waited for."""
     if not _together():
         return number
-    value = torch.tensor(number, device=device)
+    value = torch.tensor(number)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value)
 

@@ -52,23 +52,11 @@ def train_stage(
         tokens_per_step=tokens_per_step,
         tokens_before=tokens_before,
     )
-    resume = ranks.share(lambda: newest_checkpoint(run_folder / "checkpoints" / stage.name))
-    if resume is not None and resume.is_dir() != (config.strategy.name == "fsdp"):
-        raise ValueError(
-            f"strategy={config.strategy.name} cannot continue from {resume}: strategy=fsdp writes a folder, "
-            "single and ddp write a file. Resume with the kind of strategy that the run began with."
-        )
+    resume = _resume_point(config, run_folder / "checkpoints" / stage.name)
     callbacks = [
         build(callback, f"callbacks.{name}") for name, callback in config.callbacks.items() if callback
     ]
-    for table in (logger for logger in loggers if isinstance(logger, MetricsCsv)):
-        table.begin_stage(stage.name, tokens_before, tokens_per_step)
-        _rewind(table, stage.name, resume)
-    for panel in panel_loggers(loggers) if resume is not None else ():
-        panel.begin_stage(stage.name, tokens_before, tokens_per_step)
-        panel.log_metrics(checkpoint_metrics(resume), step=checkpoint_step(resume) - 1)
-    if resume is not None:
-        log.info("Stage %s goes on from %s", stage.name, resume)
+    _begin_loggers(loggers, stage.name, tokens_before, tokens_per_step, resume)
     trainer = build_trainer(config, stage, module.steps, loggers, callbacks)
     started = time.perf_counter()
     try:
@@ -87,6 +75,35 @@ def train_stage(
         (c.seconds for c in callbacks if type(c).__name__ == "Throughput"), time.perf_counter() - started
     )
     return {"tokens": module.steps * tokens_per_step, "seconds": clock}
+
+
+def _resume_point(config: DictConfig, folder: Path) -> Path | None:
+    """The newest whole checkpoint of a stage, the same in every process; None where it begins anew.
+
+    Raises:
+        ValueError: where another kind of strategy has written it.
+    """
+    resume = ranks.share(lambda: newest_checkpoint(folder))
+    if resume is not None and resume.is_dir() != (config.strategy.name == "fsdp"):
+        raise ValueError(
+            f"strategy={config.strategy.name} cannot continue from {resume}: strategy=fsdp writes a folder, "
+            "single and ddp write a file. Resume with the kind of strategy that the run began with."
+        )
+    if resume is not None:
+        log.info("Stage %s goes on from %s", folder.name, resume)
+    return resume
+
+
+def _begin_loggers(
+    loggers: list[Logger], stage: str, tokens_before: int, tokens_per_step: int, resume: Path | None
+) -> None:
+    """Tells tables and panels where the stage stands, and what was logged at the step it goes on from."""
+    for table in (logger for logger in loggers if isinstance(logger, MetricsCsv)):
+        table.begin_stage(stage, tokens_before, tokens_per_step)
+        _rewind(table, stage, resume)
+    for panel in panel_loggers(loggers) if resume is not None else ():
+        panel.begin_stage(stage, tokens_before, tokens_per_step)
+        panel.log_metrics(checkpoint_metrics(resume), step=checkpoint_step(resume) - 1)
 
 
 def _rewind(table: MetricsCsv, stage: str, checkpoint: Path | None) -> None:

@@ -9,6 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
+
+from models.backbone import SequenceContext
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,8 @@ def wide(tensor: Tensor) -> Tensor:
 class Mixer(nn.Module):
     """Base of all mixers; `student_mixers` finds them by this class.
 
-    A mixer is called by keyword as Hugging Face decoder layers call attention (hidden_states [B,T,D],
-    position_embeddings, past_key_values, ...), takes `sequence_context` (models.backbone.SequenceContext)
-    besides, and returns (output [B,T,D], None). Its projections `receptance`, `key`, `value`, `output` and
-    the norms `receptance_norm`, `key_norm` receive the teacher's weights.
+    A new one implements `mix`. Its projections `receptance`, `key`, `value`, `output` and the norms
+    `receptance_norm`, `key_norm` receive the teacher's weights.
     """
 
     name: ClassVar[str]  # as layer plans call it
@@ -63,6 +64,38 @@ class Mixer(nn.Module):
     options_class: ClassVar[type[Any]]
     head_sizes: ClassVar[Sequence[int]]
     layer_index: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        sequence_context: SequenceContext | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        """What a decoder layer calls, by keyword, in the place of attention.
+
+        Args:
+            hidden_states: [B,T,D], the teacher layer's normalised input.
+            position_embeddings: cosine and sine [B or 1,T,N].
+            past_key_values: decoding cache; read and advanced.
+            sequence_context: documents and padding of the row, and the first RWKV layer's value.
+
+        Returns:
+            [B,T,D] and None (in the place of attention weights).
+        """
+        context = sequence_context or SequenceContext()
+        return self.mix(hidden_states, position_embeddings, past_key_values, context), None
+
+    def mix(
+        self,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        context: SequenceContext,
+    ) -> Tensor:
+        """Mixes along the row: [B,T,D] -> [B,T,D]; arguments as in `forward`."""
+        raise NotImplementedError
 
     def become_first(self) -> None:
         """Drops what only a later mixer has, because the mixers before it have gone."""

@@ -113,32 +113,20 @@ class RWKV6Mixer(RecurrentMixer):
         self.bonus = nn.Parameter(torch.ones(shape.heads, shape.head_size)) if options.bonus else None
         self.add_ending()
 
-    def forward(
+    def mix(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        sequence_context: SequenceContext | None = None,
-        **_: object,
-    ) -> tuple[Tensor, None]:
-        """Mixes along the row.
-
-        Args:
-            hidden_states: [B,T,D], the teacher layer's normalised input.
-            position_embeddings: cosine and sine [B or 1,T,N], used with `rope`.
-            past_key_values: decoding cache; read and advanced.
-            sequence_context: documents and padding of the row.
-
-        Returns:
-            [B,T,D] and None (in the place of attention weights).
-        """
-        context = sequence_context or SequenceContext()
-        memory = self.recall(past_key_values, context)
-        inputs = dict.fromkeys(DynamicShift.parts, hidden_states)
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        context: SequenceContext,
+    ) -> Tensor:
+        """As `Mixer.mix`."""
+        memory = self.recall(cache, context)
+        inputs = dict.fromkeys(DynamicShift.parts, hidden)
         if self.shift is not None:
             last = memory.last_hidden if memory is not None else None
-            inputs = self.shift(hidden_states, previous_token(hidden_states, context.document_ids, last))
-        receptance, key, value = self.project_heads(inputs, position_embeddings)
+            inputs = self.shift(hidden, previous_token(hidden, context.document_ids, last))
+        receptance, key, value = self.project_heads(inputs, positions)
         log_decay = self._log_decay(inputs["w"])
         key = wide(key)
         if self.options.written_key == "unit":
@@ -153,8 +141,8 @@ class RWKV6Mixer(RecurrentMixer):
             document_ids=context.document_ids,
             backend=self.options.backend,
         )
-        self.remember(memory, state, hidden_states, context, shifts=self.shift is not None)
-        return self.finish(mixed, None, inputs["g"]), None
+        self.remember(memory, state, hidden, context, shifts=self.shift is not None)
+        return self.finish(mixed, None, inputs["g"])
 
     def _log_decay(self, hidden: Tensor) -> Tensor:
         """[B,T,D] -> [B,T,H,N], from -5 to 0; bounded before the exponential, so that no gradient is 0 x

@@ -109,29 +109,17 @@ class RWKV7Mixer(RecurrentMixer):
         """Drops the value residual: this layer's value is now the first."""
         self.residual = None
 
-    def forward(
+    def mix(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        sequence_context: SequenceContext | None = None,
-        **_: object,
-    ) -> tuple[Tensor, None]:
-        """Mixes along the row.
-
-        Args:
-            hidden_states: [B,T,D], the teacher layer's normalised input.
-            position_embeddings: cosine and sine [B or 1,T,N], used with `rope`.
-            past_key_values: decoding cache; read and advanced.
-            sequence_context: documents and padding of the row, and the first layer's value.
-
-        Returns:
-            [B,T,D] and None (in the place of attention weights).
-        """
-        context = sequence_context or SequenceContext()
-        memory = self.recall(past_key_values, context)
-        inputs = self._inputs(hidden_states, context, memory)
-        receptance, key, value = self.project_heads(inputs, position_embeddings)
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        context: SequenceContext,
+    ) -> Tensor:
+        """As `Mixer.mix`."""
+        memory = self.recall(cache, context)
+        inputs = self._inputs(hidden, context, memory)
+        receptance, key, value = self.project_heads(inputs, positions)
         value = self._mix_first_value(value, inputs["v"], context)
         key, value = self.shape.repeat_kv(key), self.shape.repeat_kv(value)
         log_decay = self.split(-DECAY_SCALE * torch.sigmoid(wide(self.decay(inputs["w"]))))
@@ -148,11 +136,11 @@ class RWKV7Mixer(RecurrentMixer):
             document_ids=context.document_ids,
             backend=self.options.backend,
         )
-        self.remember(memory, state, hidden_states, context, shifts=self.shift_mix is not None)
+        self.remember(memory, state, hidden, context, shifts=self.shift_mix is not None)
         bonus = None
         if self.bonus is not None:
             bonus = (receptance * written * self.bonus).sum(-1, keepdim=True) * value
-        return self.finish(mixed, bonus, inputs["g"]), None
+        return self.finish(mixed, bonus, inputs["g"])
 
     def _inputs(
         self, hidden: Tensor, context: SequenceContext, memory: RecurrentCacheLayer | None

@@ -72,34 +72,22 @@ class SparseAttentionMixer(HeadMixer):
     ):
         super().__init__(shape, options, layer_index)
 
-    def forward(
+    def mix(
         self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
-        sequence_context: SequenceContext | None = None,
-        **_: object,
-    ) -> tuple[Tensor, None]:
-        """Attends along the row.
-
-        Args:
-            hidden_states: [B,T,D], the teacher layer's normalised input.
-            position_embeddings: cosine and sine [B or 1,T,N], used with `rope`.
-            past_key_values: decoding cache; read and advanced.
-            sequence_context: documents and padding of the row.
-
-        Returns:
-            [B,T,D] and None (in the place of attention weights).
-        """
-        context = sequence_context or SequenceContext()
-        inputs = dict.fromkeys("rkv", hidden_states)
-        query, key, value = self.project_heads(inputs, position_embeddings)
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        context: SequenceContext,
+    ) -> Tensor:
+        """As `Mixer.mix`."""
+        inputs = dict.fromkeys("rkv", hidden)
+        query, key, value = self.project_heads(inputs, positions)
         memory = TokenCacheLayer()
-        if past_key_values is not None:
-            memory = token_layer(past_key_values, self.layer_index)
+        if cache is not None:
+            memory = token_layer(cache, self.layer_index)
             memory.begin(context.continues)
         text = memory.advance(key, value, context.document_ids, self.options.chunk_length)
-        return self.output(self._attend(query, text).flatten(2)), None
+        return self.output(self._attend(query, text).flatten(2))
 
     def _attend(self, query: Tensor, text: ChunkedTokens) -> Tensor:
         """[B,T,H,N] scaled queries of the last T tokens -> [B,T,H,N], a block of queries at a time."""
