@@ -34,7 +34,7 @@ def convert(config: DictConfig, run: Path, loggers: Any) -> None:
     """What every process of the run does: teacher, student, stages, results."""
     from models import ranks
     from models.student_folder import save_student
-    from pipeline.results import HeldOut, finish, log_kernel
+    from pipeline.results import HeldOut, finish, log_kernels
     from pipeline.stages import remove_step_checkpoints, run_stage
     from pipeline.students import TRANSFER, load_models, load_run_tokenizer, student_folder
     from reports.journal import Journal
@@ -44,7 +44,7 @@ def convert(config: DictConfig, run: Path, loggers: Any) -> None:
     started = time.perf_counter()
     tokenizer = load_run_tokenizer(config)
     teacher, student = load_models(config, tokenizer, journal, run)
-    log_kernel(student)
+    log_kernels(student, config)
     if config.dry_run:
         launch.show_plan(config, student)
         return

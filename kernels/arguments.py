@@ -8,17 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-HEAD_SIZES = (32, 64, 128)
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def unsupported(device_type: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """What no backend can do, as a reason, else None (arguments as in kernels/dispatch.py)."""
-    if head_size not in HEAD_SIZES:
-        return f"head size {head_size} is not one of {HEAD_SIZES}"
-    return (
-        None if dtype in DTYPES else f"{dtype} is not a floating type of float64, float32, bfloat16, float16"
-    )
+from kernels.case import DTYPES, HEAD_SIZES
 
 
 def check_arguments(
@@ -87,3 +77,41 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     """Inside autocast the matrix products of plain torch would silently run in 16 bits; here they do not."""
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if autocast else nullcontext()
+
+
+def as_taken(inputs: dict[str, Tensor], native: bool, dtype: torch.dtype) -> list[Tensor]:
+    """The inputs in the dtypes that a backend takes them in.
+
+    Args:
+        inputs: by name.
+        native: whether it takes 16-bit inputs as they are; log_w is float32 for it all the same.
+        dtype: to compute in.
+    """
+    kinds = {x.dtype for name, x in inputs.items() if name != "log_w"}
+    alike = len(kinds) == 1 and native
+    return [x if alike and name != "log_w" else x.to(dtype) for name, x in inputs.items()]
+
+
+def check_step(operator: str, inputs: dict[str, Tensor], state: Tensor, codes: Tensor | None) -> torch.dtype:
+    """Refuses wrong arguments of one decoding step.
+
+    Args:
+        operator: its name, for the message.
+        inputs: by name, `r` among them; all [B,H,N].
+        state: [B,H,N,N], contiguous: it is changed in place.
+        codes: [B] int8 (kernels.segments) or None.
+
+    Returns:
+        The dtype to compute in: float64 where the inputs are, else float32.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if inputs["r"].dim() != 3:
+        raise ValueError(f"{operator}_step: r must be [B,H,N], got {tuple(inputs['r'].shape)}")
+    dtype = check_arguments(f"{operator}_step", {n: x[:, None] for n, x in inputs.items()}, state, None)
+    if not state.is_contiguous():
+        raise ValueError(f"{operator}_step: state is changed in place and must be contiguous")
+    if codes is not None and (codes.shape != inputs["r"].shape[:1] or codes.dtype != torch.int8):
+        raise ValueError(f"{operator}_step: codes must be int8 [B], got {codes.dtype} {tuple(codes.shape)}")
+    return dtype

@@ -1,4 +1,4 @@
-"""Chooses the backend of an operator once per (operator, device type, dtype, head size), and can say why."""
+"""Chooses the backend of an operator once per kind of call, and can say why that one and why no other."""
 
 import importlib
 import logging
@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 
+from kernels import measured
+from kernels.case import MANY_UNITS, Case, unsupported
 from kernels.jit_build import BuildError
 
 log = logging.getLogger(__name__)
@@ -21,22 +23,30 @@ class Backend:
 
     Attributes:
         name: what the user writes as `backend=`.
-        supports: (device type, dtype, head size) -> None when it can run, else why not, in plain words.
+        supports: None when it can run a case (of a known dtype and head size), else why not, in plain words.
         run: the implementation.
         merit: why "auto" takes it when it can.
-        prepare: builds or loads what `run` needs; raises BuildError. None when nothing is needed.
+        prepare: builds or loads what `run` needs for a case, and checks it where the device is new to it;
+            raises BuildError. None when nothing is needed.
+        native: takes r, k, v, a, b in 16 bits (log_w is float32 always); others get everything in float32.
+        held_back: why "auto" does not take it as long as nobody has measured it on this device; None if it
+            does.
+        step: one decoding step, the state changed in place; None where the backend has none.
     """
 
     name: str
-    supports: Callable[[str, torch.dtype, int], str | None]
+    supports: Callable[[Case], str | None]
     run: Callable
     merit: str
-    prepare: Callable[[], object] | None = None
+    prepare: Callable[[Case], object] | None = None
+    native: bool = False
+    held_back: str | None = None
+    step: Callable | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend chosen, the reason, and the reasons against those tried before it."""
+    """The backend chosen, the reason, and for every other backend the reason against it."""
 
     backend: Backend
     reason: str
@@ -50,67 +60,103 @@ def backends(op: str) -> tuple[Backend, ...]:
     return importlib.import_module(f"kernels.{op}").BACKENDS
 
 
-def _named(op: str, name: str, device_type: str, dtype: torch.dtype, head_size: int) -> Choice:
+def _named(op: str, name: str, case: Case, step: bool) -> Choice:
     """The named backend or an error, never another one."""
     table = {backend.name: backend for backend in backends(op)}
     if name not in table:
         raise ValueError(f"unknown backend {name!r} for {op}; choose one of: auto, {', '.join(table)}")
     backend = table[name]
-    reason = backend.supports(device_type, dtype, head_size)
+    reason = _unable(backend, case, step)
     if reason is not None:
         raise ValueError(
             f"backend={name} cannot run {op} here: {reason}; choose backend=auto or another backend"
         )
     if backend.prepare is not None:
-        backend.prepare()
+        backend.prepare(case)
     return Choice(backend, "named by the caller", ())
 
 
+def _unable(backend: Backend, case: Case, step: bool) -> str | None:
+    """Why a backend cannot run a case, without building anything."""
+    if step and backend.step is None:
+        return "it has no decoding step"
+    return unsupported(case) or backend.supports(case)
+
+
+def _unprepared(op: str, backend: Backend, case: Case) -> str | None:
+    """Builds what a backend needs; why that failed, or None."""
+    if backend.prepare is None:
+        return None
+    try:
+        backend.prepare(case)
+    except BuildError as error:
+        log.warning("%s: backend %s could not be built, a slower one is used\n%s", op, backend.name, error)
+        return str(error)
+    return None
+
+
+def _automatic(op: str, case: Case, step: bool) -> Choice:
+    """The first backend that can run: in the order measured on this device, else in that of the table."""
+    table = backends(op)
+    rejected = {backend.name: _unable(backend, case, step) for backend in table}
+    able = [backend for backend in table if rejected[backend.name] is None]
+    times = {} if step else measured.times(op, case)
+    if times:
+        able.sort(key=lambda backend: times.get(backend.name, float("inf")))
+    chosen = None
+    for backend in able:
+        if chosen is not None:
+            rejected[backend.name] = _slower(backend, chosen, times)
+        elif backend.held_back is not None and backend.name not in times:
+            rejected[backend.name] = backend.held_back
+        else:
+            rejected[backend.name] = _unprepared(op, backend, case)
+            chosen = backend if rejected[backend.name] is None else None
+    if chosen is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in rejected.items())
+        raise ValueError(f"no backend of {op} can run here: {reasons}")
+    del rejected[chosen.name]
+    reason = chosen.merit
+    if chosen.name in times:
+        reason = f"the fastest measured on this device, {times[chosen.name]:.3g} ms"
+    return Choice(chosen, reason, tuple(rejected.items()))
+
+
+def _slower(backend: Backend, chosen: Backend, times: dict[str, float]) -> str:
+    """Why a backend that could run comes behind the chosen one."""
+    if backend.name in times:
+        return f"measured slower on this device, {times[backend.name]:.3g} ms"
+    return backend.held_back or f"could run, but comes after {chosen.name}"
+
+
 @cache
-def _choose(op: str, name: str, device_type: str, dtype: torch.dtype, head_size: int) -> Choice:
+def _choose(op: str, name: str, case: Case, step: bool) -> Choice:
     """Cached body of `choose`; errors are not cached, so a repaired compiler is found again."""
-    if name != "auto":
-        return _named(op, name, device_type, dtype, head_size)
-    rejected: list[tuple[str, str]] = []
-    for backend in backends(op):
-        reason = backend.supports(device_type, dtype, head_size)
-        if reason is None and backend.prepare is not None:
-            try:
-                backend.prepare()
-            except BuildError as error:
-                reason = str(error)
-                log.warning(
-                    "%s: backend %s could not be built, a slower one is used\n%s", op, backend.name, error
-                )
-        if reason is None:
-            return Choice(backend, backend.merit, tuple(rejected))
-        rejected.append((backend.name, reason))
-    raise ValueError(
-        f"no backend of {op} can run here: " + "; ".join(f"{name}: {why}" for name, why in rejected)
-    )
+    return _automatic(op, case, step) if name == "auto" else _named(op, name, case, step)
 
 
-def choose(op: str, name: str, device_type: str, dtype: torch.dtype, head_size: int) -> Choice:
+def choose(op: str, name: str, case: Case, step: bool = False) -> Choice:
     """Pick the backend of an operator.
 
     Args:
         op: operator name, such as "wkv7".
         name: "auto" or a backend's name. A named backend is used or refused, never replaced.
-        device_type: "cpu", "cuda", ...
-        dtype: the dtype of the operator's first input.
-        head_size: N.
+        case: the kind of call.
+        step: whether one decoding step is wanted.
 
     Raises:
         ValueError: unknown operator or backend name, or the named backend cannot run these inputs.
         BuildError: the named backend failed to build.
     """
-    return _choose(op, name, device_type, dtype, head_size)
+    return _choose(op, name, case, step)
 
 
 @torch.compiler.assume_constant_result
-def chosen_name(op: str, name: str, device_type: str, dtype: torch.dtype, head_size: int) -> str:
+def chosen_name(
+    op: str, name: str, device_type: str, dtype: torch.dtype, head_size: int, many: bool, step: bool = False
+) -> str:
     """The name of what `choose` picks, a constant to a compiled graph, which does not trace the choice."""
-    return choose(op, name, device_type, dtype, head_size).backend.name
+    return choose(op, name, Case(device_type, dtype, head_size, many), step).backend.name
 
 
 def forget() -> None:
@@ -119,13 +165,22 @@ def forget() -> None:
 
 
 def explain(
-    op: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, head_size: int = 64
+    op: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_size: int = 64,
+    units: int = MANY_UNITS,
 ) -> dict:
     """Say which backend "auto" takes and why.
 
+    Args:
+        op: operator name.
+        device, dtype, head_size: of the call.
+        units: rows times heads.
+
     Returns:
-        {"backend": name, "reason": why, "rejected": {name: why not}}; only backends tried before the chosen
-        one are in "rejected".
+        {"backend": name, "reason": why, "rejected": {name: why not}} with every other backend in "rejected".
     """
-    choice = choose(op, "auto", torch.device(device).type, dtype, head_size)
+    choice = choose(op, "auto", Case(torch.device(device).type, dtype, head_size, units >= MANY_UNITS))
     return {"backend": choice.backend.name, "reason": choice.reason, "rejected": dict(choice.rejected)}

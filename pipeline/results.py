@@ -139,7 +139,7 @@ def run_summary(
     return {
         "teacher": None if measured is None else {k: v for k, v in measured.items() if k not in hidden},
         "stages": [{k: v for k, v in stage.items() if k not in hidden} for stage in journal.stages],
-        "kernels": chosen_kernels(student.model),
+        "kernels": chosen_kernels(student.model, config),
         "student": {
             "parameters": count_parameters(student.model),
             "state_bytes_per_row": state_bytes(student.model, config.data.row_length),
@@ -149,24 +149,33 @@ def run_summary(
     }
 
 
-def chosen_kernels(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """Backend of every operator that some layer of this student runs on, and why; none where all is
-    attention."""
+def chosen_kernels(model: PreTrainedModel, config: DictConfig) -> dict[str, dict[str, Any]]:
+    """Backend of every operator that this student runs on in training, and why; none where all is attention.
+
+    Args:
+        model: the student.
+        config: of the run; says the device, the precision and the rows.
+    """
     users = {mixer.operator: mixer for mixer in student_mixers(model).values() if mixer.operator is not None}
-    device = next(model.parameters()).device
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    dtype = torch.bfloat16 if config.trainer.precision == "bf16-mixed" else torch.float32
     choices = {}
     for operator, mixer in sorted(users.items()):
         if mixer.options.backend != "auto":
             choices[operator] = {"backend": mixer.options.backend, "reason": "named in the config"}
             continue
-        size = mixer.shape.head_size
-        choices[operator] = kernels.explain(operator, device=device, dtype=torch.float32, head_size=size)
+        shape = mixer.shape
+        units = config.data.rows_per_device * shape.heads
+        choices[operator] = kernels.explain(
+            operator, device=device, dtype=dtype, head_size=shape.head_size, units=units
+        )
     return choices
 
 
-def log_kernel(student: Student) -> None:
+def log_kernels(student: Student, config: DictConfig) -> None:
     """Logs which backend each operator of the student runs on, why, and why not the others."""
-    for operator, choice in chosen_kernels(student.model).items():
+    for operator, choice in chosen_kernels(student.model, config).items():
         rejected = "".join(f"; not {name}: {why}" for name, why in choice.get("rejected", {}).items())
         log.info("Kernel %s: %s (%s)%s", operator, choice["backend"], choice["reason"], rejected)
 

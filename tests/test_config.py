@@ -89,7 +89,7 @@ def test_every_choice_of_a_group_composes(group: str):
         (["data=files"], ["data.sources.text.paths", "need a value"]),
         (["data=files", "data.sources.text.paths=[/nowhere]"], ["data.sources", "/nowhere"]),
         (["stage.select.keep=0", "stages=[select]"], ["stage.select.keep=0"]),
-        (["kernel.wkv7=cuda"], ["cuda", "chunked"]),
+        (["kernel.wkv7=fastest"], ["fastest", "chunked"]),
         (["trainer.devices=2"], ["trainer.devices=2", "strategy=single"]),
         (["trainer.precision=16"], ["trainer.precision=16", "bf16-mixed"]),
         (["trainer.threads=-1"], ["trainer.threads=-1", "from 0 on"]),

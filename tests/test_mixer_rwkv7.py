@@ -134,7 +134,7 @@ def captured_operator_inputs(mixer: RWKV7Mixer, hidden: Tensor, monkeypatch) -> 
         seen.update(r=r, log_w=log_w, k=k, v=v, a=a, b=b)
         return torch.zeros_like(v), torch.zeros(len(v), v.shape[2], v.shape[3], v.shape[3])
 
-    monkeypatch.setattr("models.mixers.rwkv7.wkv7", spy)
+    monkeypatch.setattr(RWKV7Mixer, "over_rows", staticmethod(spy))
     with torch.no_grad():
         mixer(hidden)
     return seen

@@ -3,17 +3,31 @@
 import torch
 from torch import Tensor
 
-from kernels.arguments import HEAD_SIZES, check_arguments, check_kind, unsupported, without_autocast
+from kernels.arguments import (
+    as_taken,
+    check_arguments,
+    check_kind,
+    check_step,
+    without_autocast,
+)
+from kernels.case import HEAD_SIZES, MANY_UNITS, anything
 from kernels.dispatch import Backend, chosen_name
 from kernels.segments import token_codes
-from kernels.wkv6 import chunked, reference
+from kernels.wkv6 import chunked, cpu, reference
 
-__all__ = ["BACKENDS", "HEAD_SIZES", "wkv6"]
+__all__ = ["BACKENDS", "HEAD_SIZES", "wkv6", "wkv6_step"]
 BACKENDS = (
-    Backend("chunked", unsupported, chunked.run, "matrix products in plain torch, any device and dtype"),
-    Backend("reference", unsupported, reference.run, "token by token, the definition"),
+    Backend("cpu", cpu.supports, cpu.run, "compiled C++, the fastest on CPU", cpu.prepare, step=cpu.step),
+    Backend(
+        "chunked",
+        anything,
+        chunked.run,
+        "matrix products in plain torch, any device and dtype",
+        step=reference.step,
+    ),
+    Backend("reference", anything, reference.run, "token by token, the definition", step=reference.step),
 )
-RUN = {backend.name: backend.run for backend in BACKENDS}
+TABLE = {backend.name: backend for backend in BACKENDS}
 
 
 def wkv6(
@@ -42,7 +56,7 @@ def wkv6(
         document_ids: [B,T] int32 or None. The state is set to zero where the id differs from that of the
             previous real token; -1 marks padding, which leaves the state as it is, gives y = 0 and gets
             zero gradients.
-        backend: "auto" or one of "chunked", "reference". A named backend never falls back.
+        backend: "auto" or one of "cpu" (C++), "chunked", "reference". A named backend never falls back.
 
     Returns:
         y [B,T,H,N] in r's dtype, and the state after the last token, dtype as `state`.
@@ -52,17 +66,61 @@ def wkv6(
     """
     inputs = {"r": r, "log_w": log_w, "k": k, "v": v}
     dtype = check_arguments("wkv6", inputs, state, document_ids)
-    heads, size = r.shape[2:]
-    if u is not None:
-        if u.shape != (heads, size):
-            raise ValueError(f"wkv6: u must be [H,N] = {(heads, size)}, got {tuple(u.shape)}")
-        check_kind("wkv6", "u", u, r)
-        u = u.to(dtype)
+    batch, _, heads, size = r.shape
+    u = _checked_bonus(u, r, dtype)
     device = r.device.type
-    run = RUN[chosen_name("wkv6", backend, device, r.dtype, size)]
+    chosen = TABLE[chosen_name("wkv6", backend, device, r.dtype, size, batch * heads >= MANY_UNITS)]
     if state is None:
-        state = torch.zeros(r.shape[0], heads, size, size, dtype=dtype, device=r.device)
+        state = torch.zeros(batch, heads, size, size, dtype=dtype, device=r.device)
     codes = None if document_ids is None else token_codes(document_ids)
     with without_autocast(device):
-        y, state = run(*(x.to(dtype) for x in inputs.values()), u, state, codes)
+        y, state = chosen.run(*as_taken(inputs, chosen.native, dtype), u, state, codes)
     return y.to(r.dtype), state
+
+
+def wkv6_step(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    u: Tensor | None = None,
+    codes: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of every row, as `wkv6` with T = 1, without gradients: `state` is changed in place.
+
+    Args:
+        r, log_w, k, v: [B,H,N]; dtypes as for `wkv6`.
+        state: [B,H,N_k,N_v] as for `wkv6`, contiguous.
+        u: [H,N] or None.
+        codes: [B] int8 (kernels.segments): 1 clears the row's state first, 2 is padding; None where all are
+            0.
+        backend: "auto" or a name, as for `wkv6`.
+
+    Returns:
+        y [B,H,N] in r's dtype.
+
+    Raises:
+        ValueError, BuildError: as `wkv6`.
+    """
+    inputs = {"r": r, "log_w": log_w, "k": k, "v": v}
+    dtype = check_step("wkv6", inputs, state, codes)
+    batch, heads, size = r.shape
+    u = _checked_bonus(u, r, dtype)
+    device = r.device.type
+    many = batch * heads >= MANY_UNITS
+    chosen = TABLE[chosen_name("wkv6", backend, device, r.dtype, size, many, step=True)]
+    with torch.no_grad(), without_autocast(device):
+        return chosen.step(*as_taken(inputs, chosen.native, dtype), u, state, codes).to(r.dtype)
+
+
+def _checked_bonus(u: Tensor | None, r: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The bonus in the dtype to compute in; ValueError where it does not fit r [...,H,N]."""
+    if u is None:
+        return None
+    if u.shape != r.shape[-2:]:
+        raise ValueError(f"wkv6: u must be [H,N] = {tuple(r.shape[-2:])}, got {tuple(u.shape)}")
+    check_kind("wkv6", "u", u, r)
+    return u.to(dtype)

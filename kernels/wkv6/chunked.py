@@ -1,8 +1,7 @@
 """WKV-6 as matrix products over chunks of tokens, in plain torch: any device, no compiler.
 
 Shapes: B rows, T tokens, H heads, N head size, M chunks, C tokens in a chunk; here every tensor is
-[B,H,M,C,...]. Log decays are only ever added up, never subtracted: no exponent is above 0, no digits cancel,
-and minus infinity is a decay like any other.
+[B,H,M,C,...].
 """
 
 from collections.abc import Callable
@@ -11,24 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.decays import sum_after, sum_before, sum_until
 from kernels.segments import RESET, blank_padding
 
 CHUNK = 32
-
-
-def sum_until(log_w: Tensor) -> Tensor:
-    """[...,C,N] -> [...,C,N]: of the tokens up to each one, itself included."""
-    return log_w.cumsum(-2)
-
-
-def sum_before(log_w: Tensor) -> Tensor:
-    """[...,C,N] -> [...,C,N]: of the tokens before each one."""
-    return pad(log_w, (0, 0, 1, -1)).cumsum(-2)
-
-
-def sum_after(log_w: Tensor) -> Tensor:
-    """[...,C,N] -> [...,C,N]: of the tokens after each one."""
-    return pad(log_w, (0, 0, -1, 1)).flip(-2).cumsum(-2).flip(-2)
 
 
 def within(

@@ -32,3 +32,24 @@ def run(
         state = w_t * before + added
         outputs.append(r_t @ (state if u is None else before + u.unsqueeze(-1) * added))
     return torch.cat(outputs, dim=-2).transpose(1, 2), state
+
+
+def step(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor | None, state: Tensor, codes: Tensor | None
+) -> Tensor:
+    """One token of every row, `state` [B,H,N_k,N_v] changed in place.
+
+    Args:
+        r, log_w, k, v: [B,H,N] in the state's dtype.
+        u: [H,N] or None.
+        state: as in `run`, contiguous.
+        codes: [B] int8 (kernels.segments) or None.
+
+    Returns:
+        y [B,H,N].
+    """
+    y, after = run(
+        *(x[:, None] for x in (r, log_w, k, v)), u, state, None if codes is None else codes[:, None]
+    )
+    state.copy_(after)
+    return y[:, 0]

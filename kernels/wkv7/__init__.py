@@ -3,25 +3,30 @@
 import torch
 from torch import Tensor
 
-from kernels.arguments import HEAD_SIZES, check_arguments, unsupported, without_autocast
+from kernels.arguments import (
+    as_taken,
+    check_arguments,
+    check_step,
+    without_autocast,
+)
+from kernels.case import HEAD_SIZES, MANY_UNITS, anything
 from kernels.dispatch import Backend, chosen_name
 from kernels.segments import token_codes
 from kernels.wkv7 import chunked, cpu, reference
 
-__all__ = ["BACKENDS", "HEAD_SIZES", "wkv7"]
-
-
-def _supports_cpu(device_type: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """What the C++ backend cannot do, as a reason, else None (arguments as in kernels/dispatch.py)."""
-    return unsupported(device_type, dtype, head_size) or cpu.supports(device_type, dtype)
-
-
+__all__ = ["BACKENDS", "HEAD_SIZES", "wkv7", "wkv7_step"]
 BACKENDS = (
-    Backend("cpu", _supports_cpu, cpu.run, "compiled C++, the fastest on CPU", cpu.library),
-    Backend("chunked", unsupported, chunked.run, "matrix products in plain torch, any device and dtype"),
-    Backend("reference", unsupported, reference.run, "token by token, the definition"),
+    Backend("cpu", cpu.supports, cpu.run, "compiled C++, the fastest on CPU", cpu.prepare, step=cpu.step),
+    Backend(
+        "chunked",
+        anything,
+        chunked.run,
+        "matrix products in plain torch, any device and dtype",
+        step=reference.step,
+    ),
+    Backend("reference", anything, reference.run, "token by token, the definition", step=reference.step),
 )
-RUN = {backend.name: backend.run for backend in BACKENDS}
+TABLE = {backend.name: backend for backend in BACKENDS}
 
 
 def wkv7(
@@ -56,11 +61,49 @@ def wkv7(
     """
     inputs = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
     dtype = check_arguments("wkv7", inputs, state, document_ids)
+    batch, _, heads, size = r.shape
     device = r.device.type
-    run = RUN[chosen_name("wkv7", backend, device, r.dtype, r.shape[3])]
+    chosen = TABLE[chosen_name("wkv7", backend, device, r.dtype, size, batch * heads >= MANY_UNITS)]
     if state is None:
-        state = torch.zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3], dtype=dtype, device=r.device)
+        state = torch.zeros(batch, heads, size, size, dtype=dtype, device=r.device)
     codes = None if document_ids is None else token_codes(document_ids)
     with without_autocast(device):
-        y, state = run(*(x.to(dtype) for x in inputs.values()), state, codes)
+        y, state = chosen.run(*as_taken(inputs, chosen.native, dtype), state, codes)
     return y.to(r.dtype), state
+
+
+def wkv7_step(
+    r: Tensor,
+    log_w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    *,
+    codes: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of every row, as `wkv7` with T = 1, without gradients: `state` is changed in place.
+
+    Args:
+        r, log_w, k, v, a, b: [B,H,N]; dtypes as for `wkv7`.
+        state: [B,H,N_k,N_v] as for `wkv7`, contiguous.
+        codes: [B] int8 (kernels.segments): 1 clears the row's state first, 2 is padding; None where all are
+            0.
+        backend: "auto" or a name, as for `wkv7`.
+
+    Returns:
+        y [B,H,N] in r's dtype.
+
+    Raises:
+        ValueError, BuildError: as `wkv7`.
+    """
+    inputs = {"r": r, "log_w": log_w, "k": k, "v": v, "a": a, "b": b}
+    dtype = check_step("wkv7", inputs, state, codes)
+    batch, heads, size = r.shape
+    device = r.device.type
+    many = batch * heads >= MANY_UNITS
+    chosen = TABLE[chosen_name("wkv7", backend, device, r.dtype, size, many, step=True)]
+    with torch.no_grad(), without_autocast(device):
+        return chosen.step(*as_taken(inputs, chosen.native, dtype), state, codes).to(r.dtype)

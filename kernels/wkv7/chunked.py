@@ -10,23 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kernels.decays import sum_after, sum_before, sum_until
 from kernels.segments import RESET, blank_padding
 
 CHUNK = 32
-# A decay of e^-60 is zero to both float32 and float64 against anything it is added to; the bound keeps
-# differences of cumulative sums finite for any log decay, minus infinity included.
-SMALLEST_LOG_DECAY = -60.0
 
 
-def _pairs(queries: Tensor, keys: Tensor, before: Tensor, after: Tensor) -> Tensor:
+def _pairs(queries: Tensor, keys: Tensor, log_w: Tensor) -> Tensor:
     """Decayed products of every query with every earlier key of its chunk, without ever growing an exponent.
 
-    Halves the chunk again and again: queries of a second half meet keys of the first half with both decays
-    measured from the middle, so both factors are at most 1 for any decay.
+    Halves the chunk again and again: queries of a second half meet keys of the first half, both decays
+    measured from the middle.
 
     Args:
-        queries: [...,2,C,N] the rows a and r, read at cumulative log decay `before` [...,2,C,N].
-        keys: [...,2,C,N] the rows b and k, written at cumulative log decay `after` [...,1,C,N].
+        queries: [...,2,C,N] the rows a, read before their token, and r, read after it.
+        keys: [...,2,C,N] the rows b and k.
+        log_w: [...,C,N].
 
     Returns:
         [...,2,C,2,C] (kind and position of the query, then of the key), zero where the key is not earlier.
@@ -35,20 +34,14 @@ def _pairs(queries: Tensor, keys: Tensor, before: Tensor, after: Tensor) -> Tens
     if size == 1:
         return queries.new_zeros(*queries.shape[:-2], 1, 2, 1)
     half = size // 2
-    folded = [x.unflatten(-2, (2, half)) for x in (queries, keys, before, after)]
-    (q_low, q_high), (k_low, k_high), (before_low, before_high), (after_low, after_high) = (
-        x.unbind(-3) for x in folded
+    (q_low, q_high), (k_low, k_high), (w_low, w_high) = (
+        x.unflatten(-2, (2, half)).unbind(-3) for x in (queries, keys, log_w)
     )
-    middle = after_low[..., -1:, :]
-    high = (q_high * (before_high - middle).exp()).flatten(-3, -2)
-    low = (k_low * (middle - after_low).exp()).flatten(-3, -2)
+    read = torch.stack((sum_before(w_high), sum_until(w_high)), dim=-3)
+    high = (q_high * read.exp()).flatten(-3, -2)
+    low = (k_low * sum_after(w_low).exp().unsqueeze(-3)).flatten(-3, -2)
     corner = (high @ low.mT).unflatten(-1, (2, half)).unflatten(-3, (2, half))
-    both = _pairs(
-        torch.stack((q_low, q_high)),
-        torch.stack((k_low, k_high)),
-        torch.stack((before_low, before_high)),
-        torch.stack((after_low, after_high)),
-    )
+    both = _pairs(torch.stack((q_low, q_high)), torch.stack((k_low, k_high)), torch.stack((w_low, w_high)))
     top = pad(both[0], (0, half))
     return torch.cat((top, torch.cat((corner, both[1]), dim=-1)), dim=-3)
 
@@ -75,22 +68,18 @@ def run(
     tokens = r.shape[1]
     size = min(CHUNK, 1 << (tokens - 1).bit_length())
     chunks = -(-tokens // size)
-    inputs = blank_padding(codes, r, log_w.clamp(min=SMALLEST_LOG_DECAY), k, v, a, b)
+    inputs = blank_padding(codes, r, log_w, k, v, a, b)
     r, log_w, k, v, a, b = (
         pad(x, (0, 0, 0, 0, 0, chunks * size - tokens)).unflatten(1, (chunks, size)).permute(0, 3, 1, 2, 4)
         for x in inputs
     )
-    total = log_w.cumsum(-2)
-    exclusive = total - log_w
-    before = torch.stack((exclusive, total), dim=-3)
-    pairs = _pairs(torch.stack((a, r), dim=-3), torch.stack((b, k), dim=-3), before, total.unsqueeze(-3))
+    pairs = _pairs(torch.stack((a, r), dim=-3), torch.stack((b, k), dim=-3), log_w)
     (a_b, a_k), (r_b, r_k) = (x.unbind(-2) for x in pairs.unbind(-4))
     r_b = r_b + torch.diag_embed((r * b).sum(-1))
     r_k = r_k + torch.diag_embed((r * k).sum(-1))
-    end = total[..., -1:, :]
-    a_start, r_start = a * exclusive.exp(), r * total.exp()
-    to_end = (end - total).exp()
-    b_end, k_end, keep = b * to_end, k * to_end, end.exp()
+    a_start, r_start = a * sum_before(log_w).exp(), r * sum_until(log_w).exp()
+    to_end = sum_after(log_w).exp()
+    b_end, k_end, keep = b * to_end, k * to_end, log_w.sum(-2, keepdim=True).exp()
     if codes is not None:
         same, sees_start, reaches_end = _segment_masks(codes, chunks, size)
         a_b, a_k, r_b, r_k = (x.masked_fill(~same, 0) for x in (a_b, a_k, r_b, r_k))

@@ -30,3 +30,23 @@ def run(
         state = w_t * state + b_t * (a_t @ state) + k_t * v_t
         outputs.append(r_t @ state)
     return torch.cat(outputs, dim=-2).transpose(1, 2), state
+
+
+def step(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, codes: Tensor | None
+) -> Tensor:
+    """One token of every row, `state` [B,H,N_k,N_v] changed in place.
+
+    Args:
+        r, log_w, k, v, a, b: [B,H,N] in the state's dtype.
+        state: as in `run`, contiguous.
+        codes: [B] int8 (kernels.segments) or None.
+
+    Returns:
+        y [B,H,N].
+    """
+    y, after = run(
+        *(x[:, None] for x in (r, log_w, k, v, a, b)), state, None if codes is None else codes[:, None]
+    )
+    state.copy_(after)
+    return y[:, 0]

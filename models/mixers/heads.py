@@ -4,13 +4,15 @@ state of recurrent ones.
 Shape letters: B rows, T tokens, D hidden width, H heads, G key/value heads, N head size.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from kernels.segments import token_codes
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, Mixer
 from models.mixers.low_rank import rounded_rank
@@ -76,8 +78,15 @@ class HeadMixer(Mixer):
 class RecurrentMixer(HeadMixer):
     """A mixer whose decoding memory is a state, and whose heads may end in a norm and a gate.
 
-    Its options also have `gate` and `group_norm`; `add_ending` makes the parts that they ask for.
+    Its options also have `gate`, `group_norm` and `backend`; `add_ending` makes the parts that they ask for.
+
+    Attributes:
+        over_rows: the operator over rows of tokens, such as kernels.wkv7.wkv7.
+        one_token: the same for one token of each row, with the state changed in place.
     """
+
+    over_rows: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    one_token: ClassVar[Callable[..., Tensor]]
 
     def add_ending(self) -> None:
         """Makes the output gate and the norm over each head's output."""
@@ -116,6 +125,36 @@ class RecurrentMixer(HeadMixer):
         memory.begin(context.continues)
         return memory
 
+    def run_operator(
+        self,
+        inputs: tuple[Tensor, ...],
+        memory: RecurrentCacheLayer | None,
+        context: SequenceContext,
+        **bonus: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The operator over the row; for one more token of a text, in place on the decoding state.
+
+        Args:
+            inputs: r, log_w, k, v, ... of the operator, [B,T,H,N]. Where v has 16 bits, all but log_w are
+                rounded to them: kernels then move half the memory, and sum up in float32 all the same.
+            memory: as from `recall`.
+            context: documents and padding of the row.
+            bonus: arguments that have no tokens.
+
+        Returns:
+            [B,T,H,N] and the state [B,H,N,N] after the call.
+        """
+        r, log_w, k, v, *more = inputs
+        inputs = (r.to(v.dtype), log_w, k.to(v.dtype), v, *(x.to(v.dtype) for x in more))
+        backend = self.options.backend
+        state = memory.state if memory is not None else None
+        if state is None or v.shape[1] > 1 or torch.is_grad_enabled() or not _writable(state):
+            ids = context.document_ids
+            return self.over_rows(*inputs, state=state, document_ids=ids, backend=backend, **bonus)
+        codes = None if context.document_ids is None else token_codes(context.document_ids)[:, 0]
+        now = (x[:, 0] for x in inputs)
+        return self.one_token(*now, state, codes=codes, backend=backend, **bonus)[:, None], state
+
     def remember(
         self,
         memory: RecurrentCacheLayer | None,
@@ -129,6 +168,11 @@ class RecurrentMixer(HeadMixer):
         if memory is not None:
             last = last_token(hidden, context.document_ids, memory.last_hidden) if shifts else None
             memory.advance(state, last, hidden.shape[1])
+
+
+def _writable(state: Tensor) -> bool:
+    """Whether a state may be changed in place here: one made in inference mode may not outside of it."""
+    return torch.is_inference_mode_enabled() or not state.is_inference()
 
 
 class LowRankGate(nn.Module):

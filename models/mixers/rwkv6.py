@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from kernels.wkv6 import BACKENDS, HEAD_SIZES, wkv6
+from kernels.wkv6 import BACKENDS, HEAD_SIZES, wkv6, wkv6_step
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, wide
 from models.mixers.heads import GATES, RecurrentMixer, check_choice, decay_bias
@@ -99,6 +99,7 @@ class RWKV6Mixer(RecurrentMixer):
 
     name = "rwkv6"
     operator = "wkv6"
+    over_rows, one_token = staticmethod(wkv6), staticmethod(wkv6_step)
     options_class = RWKV6Options
     head_sizes = HEAD_SIZES
 
@@ -131,16 +132,9 @@ class RWKV6Mixer(RecurrentMixer):
         key = wide(key)
         if self.options.written_key == "unit":
             key = F.normalize(key, dim=-1, eps=1e-6)
-        mixed, state = wkv6(
-            receptance,
-            log_decay,
-            self.shape.repeat_kv(key) * -torch.expm1(log_decay),
-            self.shape.repeat_kv(value),
-            u=self.bonus,
-            state=memory.state if memory is not None else None,
-            document_ids=context.document_ids,
-            backend=self.options.backend,
-        )
+        written = self.shape.repeat_kv(key) * -torch.expm1(log_decay)
+        operands = (receptance, log_decay, written, self.shape.repeat_kv(value))
+        mixed, state = self.run_operator(operands, memory, context, u=self.bonus)
         self.remember(memory, state, hidden, context, shifts=self.shift is not None)
         return self.finish(mixed, None, inputs["g"])
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from kernels.wkv7 import BACKENDS, HEAD_SIZES, wkv7
+from kernels.wkv7 import BACKENDS, HEAD_SIZES, wkv7, wkv7_step
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, wide
 from models.mixers.heads import GATES, RecurrentMixer, check_choice, decay_bias
@@ -77,6 +77,7 @@ class RWKV7Mixer(RecurrentMixer):
 
     name = "rwkv7"
     operator = "wkv7"
+    over_rows, one_token = staticmethod(wkv7), staticmethod(wkv7_step)
     options_class = RWKV7Options
     head_sizes = HEAD_SIZES
 
@@ -125,17 +126,8 @@ class RWKV7Mixer(RecurrentMixer):
         log_decay = self.split(-DECAY_SCALE * torch.sigmoid(wide(self.decay(inputs["w"]))))
         rate = self.split(self.options.rate_range * torch.sigmoid(wide(self.rate(inputs["a"]))))
         removed, written = self._keys(key, log_decay, rate)
-        mixed, state = wkv7(
-            receptance,
-            log_decay,
-            written,
-            value,
-            -removed,
-            removed * rate,
-            state=memory.state if memory is not None else None,
-            document_ids=context.document_ids,
-            backend=self.options.backend,
-        )
+        operands = (receptance, log_decay, written, value, -removed, removed * rate)
+        mixed, state = self.run_operator(operands, memory, context)
         self.remember(memory, state, hidden, context, shifts=self.shift_mix is not None)
         bonus = None
         if self.bonus is not None:

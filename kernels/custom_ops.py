@@ -1,0 +1,198 @@
+"""Registers a backend's functions as custom operators of torch, with fake and autograd versions.
+
+A backend writes plain functions that fill outputs made here; `torch.compile`, checkpointing and FSDP then
+see one plain operator per pass. Every tensor a function is given is contiguous.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Fill = Callable[..., None]  # reads tensors and fills others
+
+
+class Made(NamedTuple):
+    """One output that is made before a backend runs.
+
+    Attributes:
+        like: the input whose dtype, device and, without `shape`, shape it has.
+        dtype: instead of that input's.
+    """
+
+    like: str
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the backends of one operator share.
+
+    Attributes:
+        inputs: names of the tensors of the forward pass, in their order.
+        optional: those of them that may be None.
+        gradients: input -> the gradient that the backward pass makes, for the inputs that have one.
+        outputs: of the forward pass.
+        saved: one more output, made only when a backward pass is to come, and handed to it; None where there
+            is none.
+        step_inputs: names of the tensors of one decoding step; `state` is changed in place.
+        step_output: of the step.
+    """
+
+    inputs: tuple[str, ...]
+    optional: tuple[str, ...]
+    gradients: dict[str, Made]
+    outputs: dict[str, Made]
+    saved: Made | None
+    step_inputs: tuple[str, ...]
+    step_output: Made
+
+
+class Operators(NamedTuple):
+    """The custom operators of one backend.
+
+    Attributes:
+        forward: (inputs, keep) -> outputs and the saved tensor (with `keep` false or nothing to save: empty).
+        backward: (gradients of the outputs, inputs, the saved tensor) -> gradients.
+        step: (step inputs) -> the step's output; None where the backend has no step.
+    """
+
+    forward: Any
+    backward: Any
+    step: Any | None
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An output, not filled: what a backend leaves out stays whatever the memory held."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass may follow a call with these inputs, so that what it needs must be kept."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def register(
+    operator: str,
+    backend: str,
+    device_types: Sequence[str],
+    signature: Signature,
+    forward: Fill,
+    backward: Fill,
+    step: Fill | None = None,
+) -> Operators:
+    """Make `transmute::<operator>_<backend>`, `..._backward` and `..._step`.
+
+    Args:
+        operator, backend: their names.
+        device_types: on which the functions run, such as ["cpu"].
+        signature: the operator's.
+        forward: (inputs, outputs, saved or None) -> None; None also where nothing is to be saved.
+        backward: (gradients of the outputs, inputs, saved if the signature has one, gradients) -> None. A
+            gradient of an input that was None is None.
+        step: (step inputs, output) -> None; changes `state`.
+    """
+    name = f"transmute::{operator}_{backend}"
+    devices = tuple(device_types)
+    count = len(signature.inputs)
+
+    def made(table: dict[str, Made], tensors: dict[str, Tensor | None]) -> list[Tensor | None]:
+        sources = [(tensors[entry.like], entry.dtype) for entry in table.values()]
+        return [None if x is None else allocate(x.shape, dtype or x.dtype, x.device) for x, dtype in sources]
+
+    def saved(tensors: dict[str, Tensor | None], keep: bool) -> Tensor:
+        like = tensors[signature.saved.like] if signature.saved else tensors[signature.inputs[0]]
+        dtype = (signature.saved.dtype if signature.saved else None) or like.dtype
+        return allocate(like.shape if keep and signature.saved else (0,), dtype, like.device)
+
+    def packed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if x is None else x.contiguous() for x in tensors]
+
+    def named(tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        return dict(zip(signature.inputs, tensors, strict=True))
+
+    def absent(gradients: list[Tensor | None], like: Tensor) -> list[Tensor]:
+        """Custom operators return tensors only: an empty one stands for None."""
+        return [like.new_empty(0) if x is None else x for x in gradients]
+
+    def run_forward(*arguments):
+        *tensors, keep = arguments
+        inputs = packed(tensors)
+        outputs, kept = made(signature.outputs, named(inputs)), saved(named(inputs), keep)
+        forward(*inputs, *outputs, kept if keep and signature.saved else None)
+        return *outputs, kept
+
+    def run_backward(*arguments):
+        *upstream, kept = packed(arguments)
+        inputs = upstream[-count:]
+        gradients = made(signature.gradients, named(inputs))
+        backward(*upstream, *([kept] if signature.saved else []), *gradients)
+        return tuple(absent(gradients, inputs[0]))
+
+    def fake_forward(*arguments):
+        *tensors, keep = arguments
+        return *made(signature.outputs, named(tensors)), saved(named(tensors), keep)
+
+    def fake_backward(*arguments):
+        inputs = arguments[len(signature.outputs) : -1]
+        return tuple(absent(made(signature.gradients, named(inputs)), inputs[0]))
+
+    def listed(names: Sequence[str], changed: Sequence[str] = ()) -> str:
+        kinds = {name: "Tensor?" if name in signature.optional else "Tensor" for name in names}
+        kinds |= dict.fromkeys(changed, "Tensor(a!)")
+        return ", ".join(f"{kinds[name]} {name}" for name in names)
+
+    def tensors(number: int) -> str:
+        return "(" + ", ".join(["Tensor"] * number) + ")"
+
+    arguments = listed(signature.inputs)
+    upstream = ", ".join(f"Tensor d{name}" for name in signature.outputs)
+    forward_op = torch.library.custom_op(
+        name, run_forward, mutates_args=(), device_types=devices,
+        schema=f"({arguments}, bool keep) -> {tensors(len(signature.outputs) + 1)}",
+    )  # fmt: skip
+    backward_op = torch.library.custom_op(
+        f"{name}_backward", run_backward, mutates_args=(), device_types=devices,
+        schema=f"({upstream}, {arguments}, Tensor saved) -> {tensors(len(signature.gradients))}",
+    )  # fmt: skip
+    forward_op.register_fake(fake_forward)
+    backward_op.register_fake(fake_backward)
+
+    def setup_context(ctx, inputs, output) -> None:
+        if not inputs[-1]:
+            raise RuntimeError(f"{name}: gradients were asked for, but keep was False")
+        ctx.save_for_backward(*inputs[:-1], output[-1])
+        ctx.mark_non_differentiable(output[-1])
+
+    def differentiate(ctx, *upstream):
+        kept = ctx.saved_tensors
+        found = dict(zip(signature.gradients, backward_op(*upstream[:-1], *kept), strict=True))
+        present = named(kept[:-1])
+        return *(None if present[n] is None else found.get(n) for n in signature.inputs), None
+
+    forward_op.register_autograd(differentiate, setup_context=setup_context)
+    if step is None:
+        return Operators(forward_op, backward_op, None)
+
+    def run_step(*arguments):
+        inputs = dict(zip(signature.step_inputs, arguments, strict=True))
+        packed_inputs = {
+            name: x if x is None or name == "state" else x.contiguous() for name, x in inputs.items()
+        }
+        like = inputs[signature.step_output.like]
+        output = allocate(like.shape, signature.step_output.dtype or like.dtype, like.device)
+        step(*packed_inputs.values(), output)
+        return output
+
+    def fake_step(*arguments):
+        like = dict(zip(signature.step_inputs, arguments, strict=True))[signature.step_output.like]
+        return like.new_empty(like.shape, dtype=signature.step_output.dtype or like.dtype)
+
+    step_op = torch.library.custom_op(
+        f"{name}_step", run_step, mutates_args=("state",), device_types=devices,
+        schema=f"({listed(signature.step_inputs, changed=('state',))}) -> Tensor",
+    )  # fmt: skip
+    step_op.register_fake(fake_step)
+    return Operators(forward_op, backward_op, step_op)
