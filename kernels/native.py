@@ -35,7 +35,8 @@ def compiler_flags() -> list[str]:
 def library(operator: str) -> ctypes.CDLL:
     """Build (once per machine) and load an operator's cpu.cpp; raises jit_build.BuildError."""
     source = FOLDER / operator / "cpu.cpp"
-    return jit_build.load(jit_build.build(f"{operator}_cpu", [source], compiler_flags()))
+    headers = [FOLDER / "recurrence.h"]
+    return jit_build.load(jit_build.build(f"{operator}_cpu", [source], compiler_flags(), headers=headers))
 
 
 def call(operator: str, entry: str, shape: Sequence[int], tensors: Sequence[Tensor | None]) -> None:

@@ -235,7 +235,7 @@ void write_tile(const float* X, float* state, int first_lane) {
 
 // The gradient of the log decay is a running sum, which starts afresh from a copy of the state's gradient at
 // every so many tokens: rounding errors cannot pile up over a long row.
-inline int64_t anchor_spacing(int64_t tokens) { return std::max<int64_t>(8, (tokens + 511) / 512); }
+inline int64_t anchor_spacing(int64_t tokens) { return std::max<int64_t>(16, (tokens + 511) / 512); }
 template <int N>
 size_t anchor_floats(int64_t tokens) {
   const int64_t spacing = anchor_spacing(tokens);

@@ -1,6 +1,5 @@
 """The choice of a backend: explained, cached, refused when named and impossible, and never made at import."""
 
-import math
 import os
 import subprocess
 import sys
@@ -12,11 +11,11 @@ import torch
 from compilers import require_compiler
 
 import kernels.wkv7 as wkv7_package
-from kernels import dispatch, explain, measure, measured
+from kernels import dispatch, explain, measured, native
 from kernels.case import Case
 from kernels.dispatch import Backend
 from kernels.jit_build import BuildError
-from kernels.wkv7 import cpu, wkv7
+from kernels.wkv7 import wkv7
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,9 +33,9 @@ def no_compiler(tmp_path, monkeypatch):
     """A machine without a compiler or a built library."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TRANSMUTE_CACHE", str(tmp_path))
-    cpu.library.cache_clear()
+    native.library.cache_clear()
     yield
-    cpu.library.cache_clear()
+    native.library.cache_clear()
 
 
 def inputs(dtype=torch.float32) -> list[torch.Tensor]:
@@ -223,19 +222,7 @@ def test_measurements_are_added_up_and_a_damaged_file_is_ignored(own_cache, monk
 def test_importing_builds_nothing(tmp_path):
     """No compiler, no cache folder, no output: importing the package has no effect."""
     environment = {**os.environ, "TRANSMUTE_CACHE": str(tmp_path / "cache"), "CXX": "no-such-compiler"}
-    command = [sys.executable, "-c", "import kernels.wkv7, kernels.measure"]
+    command = [sys.executable, "-c", "import kernels.wkv7, kernels.bench.gpu_check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_wrong_or_missing_backend_gets_no_speed(no_compiler):
-    """The benchmark times only what it has found right."""
-    tensors, upstream = measure.make_inputs(1, 5, 1, 32, seed=0)
-    rows = measure.check_and_time({"cpu": 1, "chunked": 1, "reference": 1}, 1e-5, tensors, upstream)
-    assert [row["check"].split(":")[0] for row in rows] == ["unavailable", "right", "right"]
-    assert [row["forward ms"] is None for row in rows] == [True, False, False]
-    rows = measure.check_and_time({"chunked": 1}, 0.0, tensors, upstream)
-    assert rows[0]["check"] == "WRONG" and rows[0]["forward+backward ms"] is None
-    truth = [torch.ones(3)]
-    assert measure.worst_error([torch.tensor([1.0, math.nan, 1.0])], truth) == math.inf
