@@ -57,11 +57,19 @@ class Operators(NamedTuple):
         forward: (inputs, keep) -> outputs and the saved tensor (with `keep` false or nothing to save: empty).
         backward: (gradients of the outputs, inputs, the saved tensor) -> gradients.
         step: (step inputs) -> the step's output; None where the backend has no step.
+        plain_step: the same function without torch's wrapping, or None.
     """
 
     forward: Any
     backward: Any
-    step: Any | None
+    step: Any | None = None
+    plain_step: Callable[..., Tensor] | None = None
+
+    def take_step(self, *tensors: Tensor | None) -> Tensor:
+        """One decoding step. Torch's wrapping takes longer than a small step itself, and is left out where
+        nobody looks: only a graph being compiled and tensors that pretend see the custom operator."""
+        watched = torch.compiler.is_compiling() or any(type(x) not in (Tensor, type(None)) for x in tensors)
+        return self.step(*tensors) if watched else self.plain_step(*tensors)
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -165,16 +173,21 @@ def register(
             raise RuntimeError(f"{name}: gradients were asked for, but keep was False")
         ctx.save_for_backward(*inputs[:-1], output[-1])
         ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)  # or a zero gradient of what is saved is made every time
 
     def differentiate(ctx, *upstream):
         kept = ctx.saved_tensors
-        found = dict(zip(signature.gradients, backward_op(*upstream[:-1], *kept), strict=True))
         present = named(kept[:-1])
+        filled = [
+            torch.zeros_like(present[entry.like], dtype=entry.dtype) if x is None else x
+            for x, entry in zip(upstream[:-1], signature.outputs.values(), strict=True)
+        ]
+        found = dict(zip(signature.gradients, backward_op(*filled, *kept), strict=True))
         return *(None if present[n] is None else found.get(n) for n in signature.inputs), None
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     if step is None:
-        return Operators(forward_op, backward_op, None)
+        return Operators(forward_op, backward_op)
 
     def run_step(*arguments):
         inputs = dict(zip(signature.step_inputs, arguments, strict=True))
@@ -195,4 +208,4 @@ def register(
         schema=f"({listed(signature.step_inputs, changed=('state',))}) -> Tensor",
     )  # fmt: skip
     step_op.register_fake(fake_step)
-    return Operators(forward_op, backward_op, step_op)
+    return Operators(forward_op, backward_op, step_op, run_step)

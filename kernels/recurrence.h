@@ -1,9 +1,9 @@
 // What the recurrences on the CPU share: vectors, one token's step on a tile of a state, the tokens of a row,
 // and threads.
 //
-// A tile X is [N rows][lanes] floats. A state is [N_k,N_v]; its tile has rows over keys and lanes over values,
-// or, for what is summed over values, the other way round. One thread computes a (row, head) in a fixed order:
-// results do not depend on the number of threads.
+// A tile X is [N rows][lanes] floats. A state is [N_k,N_v]; its tile has rows over keys and lanes over
+// values, or, for what is summed over values, the other way round. One thread computes a (row, head), or one
+// tile of it, in a fixed order: results do not depend on the number of threads.
 
 #pragma once
 
@@ -83,9 +83,9 @@ struct Product { const float* rows; float* lanes; };     // lanes = sum over the
 enum class Decay { kPerRow, kPerLane };                  // X = X * decay
 enum class Order { kDecayUpdateRead, kReadDecayUpdate, kUpdateReadDecay };
 
-// One token on a tile whose rows lie kStride floats apart: its decay, updates and products, in the given order
-// (products read what the updates and the decay before them made). Products may be written where updates come
-// from. Every loop but that over the rows is unrolled.
+// One token on a tile whose rows lie kStride floats apart: its decay, updates and products, in the given
+// order (products read what the updates and the decay before them made). Products may be written where
+// updates come from. Every loop but that over the rows is unrolled.
 template <int N, Decay kDecay, Order kOrder = Order::kDecayUpdateRead, int kStride = lanes<N>(), int kUpdates,
           int kProducts>
 [[gnu::always_inline]] inline void step(float* X, const float* decay, const Update (&updates)[kUpdates],
@@ -242,9 +242,9 @@ size_t anchor_floats(int64_t tokens) {
   return (tokens + spacing - 1) / spacing * N * lanes<N>();
 }
 
-// The threads of the OpenMP library that torch brought into the process, or null. After every parallel operator
-// of torch they spin for milliseconds, waiting for the next: threads of our own would have to share the cores
-// with them. They do not survive a fork.
+// The threads of the OpenMP library that torch brought into the process, or null. After every parallel
+// operator of torch they spin for milliseconds, waiting for the next: threads of our own would have to share
+// the cores with them. They do not survive a fork.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline Team shared_team() {
   static std::atomic<bool> forked{false};

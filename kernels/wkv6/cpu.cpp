@@ -12,7 +12,7 @@
 //   without a bonus  G_t = diag(w_{t+1}) G_{t+1} + r_t dy_t^T
 //     dlog_w_t = rowsum(w_t S_{t-1} G_t);  dlog_w_{t+1} = (dlog_w + k dk - r dr)_t
 //   with a bonus     G_{t-1} = diag(w_t) G_t + r_t dy_t^T
-//     dlog_w_t as before;  dlog_w_{t+1} = (dlog_w + k dk)_t - (r dr)_{t+1}, dk and dr those through the state;
+//     dlog_w_t as before;  dlog_w_{t+1} = (dlog_w + k dk)_t - (r dr)_{t+1}, dk, dr those through the state;
 //     beside them  dv += (r . u . k) dy,  dk += r u (v . dy),  dr += u k (v . dy),  du = sum of r k (v . dy)
 // The recurrence for dlog_w starts afresh at every anchor token, where scan K leaves a copy of G.
 

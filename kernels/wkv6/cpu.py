@@ -48,4 +48,4 @@ def step(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, u: Tensor | None, state: Tensor, codes: Tensor | None
 ) -> Tensor:
     """One token in C++; arguments and result as in kernels/wkv6/reference.py, in float32."""
-    return OPERATORS.step(r, log_w, k, v, u, state, codes)
+    return OPERATORS.take_step(r, log_w, k, v, u, state, codes)

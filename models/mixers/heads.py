@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from kernels import fused
 from kernels.segments import token_codes
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, Mixer
@@ -97,24 +98,29 @@ class RecurrentMixer(HeadMixer):
             nn.GroupNorm(shape.heads, inner, eps=shape.head_size * 1e-5) if self.options.group_norm else None
         )
 
-    def finish(self, mixed: Tensor, bonus: Tensor | None, hidden: Tensor) -> Tensor:
+    @property
+    def elementwise(self) -> str:
+        """Backend of the elementwise parts: Triton's, not measured on a GPU yet, where it is named for the
+        operator."""
+        return "triton" if self.options.backend == "triton" else "reference"
+
+    def finish(self, mixed: Tensor, bonus: tuple[Tensor, ...] | None, hidden: Tensor) -> Tensor:
         """Norm, bonus, gate and output projection.
 
         Args:
             mixed: [B,T,H,N] from the operator.
-            bonus: [B,T,H,N] added behind the norm, or None.
+            bonus: receptance, key, value [B,T,H,N] and the weight [H,N] of the current token, or None.
             hidden: [B,T,D] that the gate reads.
 
         Returns:
             [B,T,D].
         """
-        flat = mixed.flatten(2)
+        r, k, v, weight = bonus or (None,) * 4
+        gate = None if self.gate is None else self.gate(hidden)
+        norm = {}
         if self.norm is not None:
-            flat = self.norm(flat.flatten(0, 1)).view(flat.shape)
-        if bonus is not None:
-            flat = flat + bonus.flatten(2)
-        if self.gate is not None:
-            flat = flat * self.gate(hidden)
+            norm = {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias, "norm_eps": self.norm.eps}
+        flat = fused.finish(mixed, r=r, k=k, v=v, bonus=weight, gate=gate, backend=self.elementwise, **norm)
         return self.output(flat.to(self.output.weight.dtype))
 
     def recall(self, cache: Cache | None, context: SequenceContext) -> RecurrentCacheLayer | None:

@@ -4,14 +4,13 @@
 Shape letters: B rows, T tokens, D hidden width, H heads, G key/value heads, N head size.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from kernels import fused
 from kernels.wkv7 import BACKENDS, HEAD_SIZES, wkv7, wkv7_step
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, wide
@@ -20,7 +19,6 @@ from models.mixers.low_rank import LowRank, rounded_rank
 from models.mixers.token_shift import previous_token
 from models.sequence_state import RecurrentCacheLayer
 
-DECAY_SCALE = math.exp(-0.5)  # keeps the decay above exp(-exp(-0.5)) = 0.545
 WRITTEN_KEYS = ("unit", "raw")
 
 
@@ -122,16 +120,20 @@ class RWKV7Mixer(RecurrentMixer):
         inputs = self._inputs(hidden, context, memory)
         receptance, key, value = self.project_heads(inputs, positions)
         value = self._mix_first_value(value, inputs["v"], context)
-        key, value = self.shape.repeat_kv(key), self.shape.repeat_kv(value)
-        log_decay = self.split(-DECAY_SCALE * torch.sigmoid(wide(self.decay(inputs["w"]))))
-        rate = self.split(self.options.rate_range * torch.sigmoid(wide(self.rate(inputs["a"]))))
-        removed, written = self._keys(key, log_decay, rate)
-        operands = (receptance, log_decay, written, value, -removed, removed * rate)
+        value = self.shape.repeat_kv(value)
+        log_decay, written, a, b = fused.prepare(
+            self.split(wide(self.decay(inputs["w"]))),
+            self.split(wide(self.rate(inputs["a"]))),
+            key,
+            rate_range=self.options.rate_range,
+            removed_scale=self.removed_key_scale,
+            written_mix=self.written_key_mix,
+            backend=self.elementwise,
+        )
+        operands = (receptance, log_decay, written, value, a, b)
         mixed, state = self.run_operator(operands, memory, context)
         self.remember(memory, state, hidden, context, shifts=self.shift_mix is not None)
-        bonus = None
-        if self.bonus is not None:
-            bonus = (receptance * written * self.bonus).sum(-1, keepdim=True) * value
+        bonus = None if self.bonus is None else (receptance, written, value, self.bonus)
         return self.finish(mixed, bonus, inputs["g"])
 
     def _inputs(
@@ -143,8 +145,9 @@ class RWKV7Mixer(RecurrentMixer):
         if self.shift_mix is None:
             return dict.fromkeys(names, hidden)
         last = memory.last_hidden if memory is not None else None
-        change = previous_token(hidden, context.document_ids, last) - hidden
-        return {name: hidden + change * mix for name, mix in zip(names, self.shift_mix, strict=True)}
+        previous = previous_token(hidden, context.document_ids, last)
+        mixed = fused.shift(hidden, previous, self.shift_mix, backend=self.elementwise)
+        return dict(zip(names, mixed, strict=True))
 
     def _mix_first_value(self, value: Tensor, hidden: Tensor, context: SequenceContext) -> Tensor:
         """Adds the first RWKV layer's value, where the layer has a value residual."""
@@ -154,12 +157,3 @@ class RWKV7Mixer(RecurrentMixer):
             return value
         first = context.first_value.detach() if context.local_gradients else context.first_value
         return value + (first - value) * self.split(torch.sigmoid(self.residual(hidden)))
-
-    def _keys(self, key: Tensor, log_decay: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-        """The unit key whose content is removed, and the key that is written: [B,T,H,N] each."""
-        key = wide(key)
-        if self.removed_key_scale is None:
-            unit = F.normalize(key, dim=-1, eps=1e-6)
-            return unit, unit * (-torch.expm1(log_decay) + rate)
-        unit = F.normalize(key * self.removed_key_scale, dim=-1, eps=1e-6)
-        return unit, key * (1 + (rate - 1) * self.written_key_mix)
