@@ -11,6 +11,8 @@ from kernels.jit_build import BuildError
 from kernels.segments import token_codes
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def verify(op: str, name: str, run: Callable, case: Case, tolerance: str, native: bool) -> None:
     """Run a small call forward and backward, documents and padding included, and compare it with float64.
 
@@ -39,12 +41,20 @@ def verify(op: str, name: str, run: Callable, case: Case, tolerance: str, native
     tokens = {n: x for n, x in leaves.items() if n not in ("state", "u")}
     bonus = [leaves["u"]] if op == "wkv6" else []
     taken = as_taken(tokens, native, torch.float32)
-    with torch.enable_grad():
+    try:
         y, state = run(*taken, *bonus, leaves["state"], token_codes(here.document_ids))
         upstream = here.upstream[0].to(y.dtype), here.upstream[1].to(state.dtype)
         gradients = torch.autograd.grad((y, state), list(leaves.values()), upstream)
-    found = {"y": y, "state_out": state} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
-    wrong = too_large(errors({n: x.detach().cpu() for n, x in found.items()}, exact), tolerance)
+        results = {"y": y, "state_out": state} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
+        found = {n: x.detach().cpu() for n, x in results.items()}
+    except BuildError:
+        raise
+    except Exception as error:  # whatever a compiler, a driver or a launch may raise
+        raise BuildError(
+            f"{op}, backend {name}: its self-check did not run on this device ({error}); choose another "
+            "backend and report it"
+        ) from error
+    wrong = too_large(errors(found, exact), tolerance)
     if wrong:
         shown = ", ".join(f"{n} {e:.1e}" for n, e in wrong.items())
         raise BuildError(

@@ -40,7 +40,7 @@ EXACT = Precision("ieee", "ieee", 3, torch.float32, "fp32")
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when Triton is imported)."""
+    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when Triton is imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 

@@ -184,7 +184,8 @@ PLACEHOLDERS = {
     "<file>": "chat.jinja",
 }
 # `python x.py ...` or `torchrun ... x.py ...`, on a line of its own up to its comment, or between backticks.
-OTHER_PROGRAMS = ("pipeline.sweep", "pip", "venv")  # the first is run in test_sweep.py
+# The first is run in test_sweep.py, the second needs a GPU.
+OTHER_PROGRAMS = ("pipeline.sweep", "kernels.fused.measure", "pip", "venv")
 COMMAND = re.compile(
     r"(?:^ +|`)(?:[\w./]*python|torchrun(?: --[\w=]+)+) (?:-m )?([\w.]+)((?:(?! {2,}| *#)[^`\n])*)",
     re.MULTILINE,

@@ -63,7 +63,9 @@ def compiled(kernel, arguments: dict, device: str, options: dict) -> Report:
             signature[name] = f"*{KINDS[kind]}"
             attributes[position,] = [["tt.divisibility", 16]]
     nvidia = device.startswith("sm_")
-    target = GPUTarget("cuda", int(device[3:]), 32) if nvidia else GPUTarget("hip", device, LANES.get(device, 32))
+    target = (
+        GPUTarget("cuda", int(device[3:]), 32) if nvidia else GPUTarget("hip", device, LANES.get(device, 32))
+    )
     source = ASTSource(kernel, signature, constants, attributes)
     made = triton.compile(source, target=target, options=options)
     shared, warps = made.metadata.shared, made.metadata.num_warps

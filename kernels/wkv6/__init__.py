@@ -13,10 +13,38 @@ from kernels.arguments import (
 from kernels.case import HEAD_SIZES, MANY_UNITS, anything
 from kernels.dispatch import Backend, chosen_name
 from kernels.segments import token_codes
-from kernels.wkv6 import chunked, cpu, reference
+from kernels.wkv6 import chunked, cpu, cuda, fla, reference, triton
 
 __all__ = ["BACKENDS", "HEAD_SIZES", "wkv6", "wkv6_step"]
 BACKENDS = (
+    Backend(
+        "cuda",
+        cuda.supports,
+        cuda.run,
+        "one scan forward and two backward, checked on this device before first use",
+        cuda.prepare,
+        native=True,
+        step=cuda.step,
+    ),
+    Backend(
+        "triton",
+        triton.supports,
+        triton.run,
+        "chunks as matrix products on tensor cores",
+        triton.prepare,
+        native=True,
+        held_back=triton.HELD_BACK,
+        step=triton.step,
+    ),
+    Backend(
+        "fla",
+        fla.supports,
+        fla.run,
+        "flash-linear-attention's chunked Triton kernels",
+        fla.prepare,
+        native=True,
+        held_back=fla.HELD_BACK,
+    ),
     Backend("cpu", cpu.supports, cpu.run, "compiled C++, the fastest on CPU", cpu.prepare, step=cpu.step),
     Backend(
         "chunked",
@@ -56,7 +84,8 @@ def wkv6(
         document_ids: [B,T] int32 or None. The state is set to zero where the id differs from that of the
             previous real token; -1 marks padding, which leaves the state as it is, gives y = 0 and gets
             zero gradients.
-        backend: "auto" or one of "cpu" (C++), "chunked", "reference". A named backend never falls back.
+        backend: "auto" or one of "cuda" (CUDA and HIP), "triton", "fla" (flash-linear-attention), "cpu"
+            (C++), "chunked", "reference". A named backend never falls back.
 
     Returns:
         y [B,T,H,N] in r's dtype, and the state after the last token, dtype as `state`.

@@ -36,7 +36,7 @@ class RWKV6Options:
         group_norm: normalise each head's output.
         written_key: `unit` writes a unit-norm key times (1 - decay), `raw` the key as projected times
             (1 - decay).
-        backend: of the wkv6 operator: auto, chunked or reference.
+        backend: of the wkv6 operator: auto, or a name of docs/kernels.md.
     """
 
     rope: bool = True

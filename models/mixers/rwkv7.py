@@ -38,7 +38,8 @@ class RWKV7Options:
         written_key: `unit` writes a unit-norm key times (1 - decay + rate), so that what is removed is added
             back; `raw` is the published RWKV-7 form with learned key scales.
         rate_range: the in-context learning rate lies in (0, rate_range); 2 allows negative eigenvalues.
-        backend: of the wkv7 operator: auto, cpu, chunked or reference.
+        backend: of the wkv7 operator: auto, or a name of docs/kernels.md; `triton` also fuses what
+            stands around it (kernels/fused).
     """
 
     rope: bool = True
