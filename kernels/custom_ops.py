@@ -147,23 +147,15 @@ def register(
         inputs = arguments[len(signature.outputs) : -1]
         return tuple(absent(made(signature.gradients, named(inputs)), inputs[0]))
 
-    def listed(names: Sequence[str], changed: Sequence[str] = ()) -> str:
-        kinds = {name: "Tensor?" if name in signature.optional else "Tensor" for name in names}
-        kinds |= dict.fromkeys(changed, "Tensor(a!)")
-        return ", ".join(f"{kinds[name]} {name}" for name in names)
-
-    def tensors(number: int) -> str:
-        return "(" + ", ".join(["Tensor"] * number) + ")"
-
-    arguments = listed(signature.inputs)
+    arguments = _declared(signature, signature.inputs)
     upstream = ", ".join(f"Tensor d{name}" for name in signature.outputs)
     forward_op = torch.library.custom_op(
         name, run_forward, mutates_args=(), device_types=devices,
-        schema=f"({arguments}, bool keep) -> {tensors(len(signature.outputs) + 1)}",
+        schema=f"({arguments}, bool keep) -> {_tensors(len(signature.outputs) + 1)}",
     )  # fmt: skip
     backward_op = torch.library.custom_op(
         f"{name}_backward", run_backward, mutates_args=(), device_types=devices,
-        schema=f"({upstream}, {arguments}, Tensor saved) -> {tensors(len(signature.gradients))}",
+        schema=f"({upstream}, {arguments}, Tensor saved) -> {_tensors(len(signature.gradients))}",
     )  # fmt: skip
     forward_op.register_fake(fake_forward)
     backward_op.register_fake(fake_backward)
@@ -188,6 +180,13 @@ def register(
     forward_op.register_autograd(differentiate, setup_context=setup_context)
     if step is None:
         return Operators(forward_op, backward_op)
+    return Operators(forward_op, backward_op, *_register_step(f"{name}_step", devices, signature, step))
+
+
+def _register_step(
+    name: str, devices: tuple[str, ...], signature: Signature, step: Fill
+) -> tuple[Any, Callable[..., Tensor]]:
+    """The custom operator of one decoding step, and the plain function that it wraps."""
 
     def run_step(*arguments):
         inputs = dict(zip(signature.step_inputs, arguments, strict=True))
@@ -204,8 +203,20 @@ def register(
         return like.new_empty(like.shape, dtype=signature.step_output.dtype or like.dtype)
 
     step_op = torch.library.custom_op(
-        f"{name}_step", run_step, mutates_args=("state",), device_types=devices,
-        schema=f"({listed(signature.step_inputs, changed=('state',))}) -> Tensor",
+        name, run_step, mutates_args=("state",), device_types=devices,
+        schema=f"({_declared(signature, signature.step_inputs, changed=('state',))}) -> Tensor",
     )  # fmt: skip
     step_op.register_fake(fake_step)
-    return Operators(forward_op, backward_op, step_op, run_step)
+    return step_op, run_step
+
+
+def _declared(signature: Signature, names: Sequence[str], changed: Sequence[str] = ()) -> str:
+    """The arguments of a custom operator as its schema writes them."""
+    kinds = {name: "Tensor?" if name in signature.optional else "Tensor" for name in names}
+    kinds |= dict.fromkeys(changed, "Tensor(a!)")
+    return ", ".join(f"{kinds[name]} {name}" for name in names)
+
+
+def _tensors(number: int) -> str:
+    """So many results as a schema writes them."""
+    return "(" + ", ".join(["Tensor"] * number) + ")"
