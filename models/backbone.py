@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+from models.architectures import architecture_of
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as transformers calls them
 
 
 @dataclass
@@ -43,47 +47,82 @@ def document_positions(document_ids: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
-def document_mask(document_ids: Tensor, queries: int) -> Tensor:
-    """[B,1,queries,T] bool, true where a query may see a key: same document, not later.
+def document_mask(document_ids: Tensor, queries: int, window: int | None = None) -> Tensor:
+    """[B,1,queries,T] bool, true where a query may see a key: same document, not later, not too far back.
 
     A padded query sees itself, so that no softmax is empty.
 
     Args:
         document_ids: [B,T].
         queries: the last so many tokens ask.
+        window: tokens that each query sees at most, its own among them; None means all.
     """
     length = document_ids.shape[1]
     same = document_ids[:, -queries:, None] == document_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()[-queries:]
-    return (same & causal)[:, None]
+    near = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    if window is not None:
+        near = near.triu(1 - window)
+    return (same & near[-queries:])[:, None]
 
 
-def backbone_inputs(model: PreTrainedModel, document_ids: Tensor | None, queries: int) -> dict:
+def backbone_inputs(
+    model: PreTrainedModel, document_ids: Tensor | None, queries: int, cache: Cache | None = None
+) -> dict:
     """The keyword arguments that make `model.base_model` respect documents.
 
     Args:
         model: a teacher or a student.
         document_ids: [B,T] of all tokens so far, or None.
         queries: the last so many tokens are this call's input; the others are in the cache.
+        cache: of the call; layers with a window may have dropped what no query sees any more.
 
     Raises:
         ValueError: where the teacher's attention implementation cannot take a mask per document.
     """
     if not has_documents(document_ids):
         return {"sequence_context": SequenceContext()}
+    context = SequenceContext(document_ids[:, -queries:], continues=_continues(document_ids, queries))
+    positions = document_positions(document_ids)[:, -queries:]
+    mask = _backbone_mask(model, document_ids, queries, cache)
+    return {"attention_mask": mask, "position_ids": positions, "sequence_context": context}
+
+
+def _backbone_mask(
+    model: PreTrainedModel, document_ids: Tensor, queries: int, cache: Cache | None
+) -> Tensor | dict[str, Tensor]:
+    """The mask that a backbone takes: one for all layers, or one for each kind of layer."""
+    config = model.config.get_text_config()
+
+    def mask_of(kind: str) -> Tensor:
+        if kind == FULL:
+            return _in_form(model, document_mask(document_ids, queries))
+        mask = document_mask(document_ids, queries, config.sliding_window)
+        return _in_form(model, mask[..., -_held_by_windows(cache, queries, mask.shape[-1]) :])
+
+    if architecture_of(config.model_type).masks_by_layer_type:
+        return {kind: mask_of(kind) for kind in {FULL, *config.layer_types}}
+    return mask_of(FULL if getattr(config, "sliding_window", None) is None else SLIDING)
+
+
+def _held_by_windows(cache: Cache | None, queries: int, tokens: int) -> int:
+    """Keys that a layer with a window gets from the cache and this call, of all `tokens`."""
+    layers = [] if cache is None else cache.layers
+    first = next((layer for layer in layers if getattr(layer, "is_sliding", False)), None)
+    return tokens if first is None else first.get_mask_sizes(queries)[0]
+
+
+def _in_form(model: PreTrainedModel, mask: Tensor) -> Tensor:
+    """A boolean mask as the attention implementation wants it."""
     implementation = model.config._attn_implementation
-    mask = document_mask(document_ids, queries)
     if implementation == "eager":
         lowest = torch.finfo(model.dtype).min
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-    elif implementation != "sdpa":
+        return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+    if implementation != "sdpa":
         raise ValueError(
             f"teacher.attention={implementation} takes no mask per document; set teacher.attention=sdpa, "
             "or feed one document per row."
         )
-    context = SequenceContext(document_ids[:, -queries:], continues=_continues(document_ids, queries))
-    positions = document_positions(document_ids)[:, -queries:]
-    return {"attention_mask": mask, "position_ids": positions, "sequence_context": context}
+    return mask
 
 
 def _continues(document_ids: Tensor, queries: int) -> Tensor | None:
@@ -108,10 +147,34 @@ def hidden_states(
             recurrent states never cross a document.
         cache: decoding cache, read and advanced.
     """
-    inputs = backbone_inputs(model, document_ids, input_ids.shape[1])
+    inputs = backbone_inputs(model, document_ids, input_ids.shape[1], cache)
     use_cache = cache is not None
     output = model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=use_cache, **inputs)
     return output.last_hidden_state
+
+
+class CappedHead(nn.Module):
+    """Hidden states to logits, drawn into (-cap, cap) as `soft_capped` does."""
+
+    def __init__(self, head: nn.Module, config: PreTrainedConfig):
+        super().__init__()
+        self.head, self._config = head, config
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[...,D] -> [...,V]."""
+        return soft_capped(self.head(hidden), self._config)
+
+
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """Final hidden states [...,D] -> logits [...,V], as the model's own forward makes them."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    return head if getattr(config, "final_logit_softcapping", None) is None else CappedHead(head, config)
+
+
+def soft_capped(logits: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Logits z as c tanh(z / c), where the config has such a cap c (Gemma 2, arXiv 2408.00118)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def provide_context(backbone: nn.Module) -> None:
@@ -129,6 +192,11 @@ def provide_context(backbone: nn.Module) -> None:
             return (), kwargs
         kwargs["sequence_context"] = context = SequenceContext()
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            raise ValueError(
+                "attention_mask: a mask for each kind of layer says nothing of padding; give one [B,T], and "
+                "a cache that grows (not cache_implementation=static)."
+            )
         if mask is not None and mask.dim() == 2 and not mask.all():
             entry = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
             tokens = entry.shape[1]

@@ -1,77 +1,81 @@
-"""Builds a student from a teacher, moves the weights, and accounts for every tensor."""
+"""Builds a student from a teacher: mixers where attention was, with the weights that they inherit."""
 
 import copy
 import logging
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from models.architectures import (
     Architecture,
     architecture_of,
     attention_modules,
+    check_family,
     decoder_layers,
+    keep_score_caps,
     replace_attention,
 )
 from models.backbone import provide_context
 from models.config import StudentConfig
-from models.layer_plan import ATTENTION
+from models.layer_plan import from_file
 from models.mixers import MIXERS, AttentionShape, Mixer
 from models.student import student_mixers
+from models.transfer import TransferRow, draw, fill, transfer_table
 
 log = logging.getLogger(__name__)
-# Mixer part -> field of Architecture that names the teacher's part.
-INHERITED = {
-    "receptance": "query",
-    "key": "key",
-    "value": "value",
-    "output": "output",
-    "receptance_norm": "query_norm",
-    "key_norm": "key_norm",
-}
-
-
-class TransferRow(NamedTuple):
-    """What became of one tensor: source in the teacher ("" for a new one), target in the student ("" if
-    dropped)."""
-
-    source: str
-    target: str
-    action: str
-    shape: str
 
 
 def attention_shape(attention: nn.Module, architecture: Architecture) -> AttentionShape:
-    """Reads head counts, biases and norms from an attention module.
+    """Reads head counts, biases, norms and positions from an attention module.
 
     Raises:
         ValueError: where a projection is missing.
     """
-    parts = {}
-    for name in ("query", "key", "value", "output"):
-        parts[name] = getattr(attention, getattr(architecture, name), None)
-        if parts[name] is None:
+    names = [architecture.query, architecture.key, architecture.value]
+    if architecture.fused:
+        names = [architecture.fused] * 3
+    for name in (*names, architecture.output):
+        if getattr(attention, name, None) is None:
             raise ValueError(
-                f"teacher: {type(attention).__name__} has no {getattr(architecture, name)!r}; "
+                f"teacher: {type(attention).__name__} has no {name!r}; "
                 "correct its entry in ARCHITECTURES in models/architectures.py."
             )
-    size = attention.head_dim
+    query, key, value = (getattr(attention, name) for name in names)
+    output, size = getattr(attention, architecture.output), attention.head_dim
+    heads, kv_heads = output.in_features // size, key.out_features // size
+    if architecture.fused:
+        kv_heads = (kv_heads - heads) // 2
     norm = getattr(attention, architecture.query_norm) if architecture.query_norm else None
     return AttentionShape(
-        hidden_size=parts["query"].in_features,
-        heads=parts["query"].out_features // size,
-        kv_heads=parts["key"].out_features // size,
+        hidden_size=query.in_features,
+        heads=heads,
+        kv_heads=kv_heads,
         head_size=size,
-        query_bias=parts["query"].bias is not None,
-        key_bias=parts["key"].bias is not None,
-        value_bias=parts["value"].bias is not None,
-        output_bias=parts["output"].bias is not None,
+        query_bias=query.bias is not None,
+        key_bias=key.bias is not None,
+        value_bias=value.bias is not None,
+        output_bias=output.bias is not None,
         query_norm=architecture.query_norm is not None,
         key_norm=architecture.key_norm is not None,
-        norm_eps=getattr(norm, "variance_epsilon", 1e-6),
+        norm_eps=1e-6 if norm is None else _epsilon(norm),
+        norm_scope=architecture.norm_scope,
+        norm_offset=architecture.norm_offset,
+        read_scale=attention.scaling,
+        rotated=architecture.rotates is None or bool(getattr(attention, architecture.rotates)),
+        rotation=architecture.rotation,
+        window=getattr(
+            attention if architecture.masks_by_layer_type else attention.config, "sliding_window", None
+        ),
+        score_cap=getattr(attention, "attn_logit_softcapping", None),
     )
+
+
+def _epsilon(norm: nn.Module) -> float:
+    """Of an RMSNorm of transformers, which has two names for it."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def build_student(
@@ -90,17 +94,21 @@ def build_student(
     Raises:
         ValueError: for an unknown family or a head size that a mixer does not support.
     """
+    check_family(teacher.config)
     student = copy.deepcopy(teacher).float()
     if config.start == "random":
         student = AutoModelForCausalLM.from_config(
             copy.deepcopy(teacher.config), attn_implementation=teacher.config._attn_implementation
         ).float()
-    student.to(teacher.device)
+    _restore_scales(student.to(teacher.device))
     untied = _untie(student)
     install_mixers(student, config, plan)
-    inherit = config.start == "transfer"
     for index, mixer in ((i, m) for i, m in attention_modules(student).items() if isinstance(m, Mixer)):
-        _fill(mixer, attention_modules(teacher)[index], architecture_of(teacher.config.model_type), inherit)
+        if config.start == "transfer":
+            attention = dict(attention_modules(teacher)[index].named_parameters())
+            fill(mixer, attention, architecture_of(teacher.config.model_type))
+        else:
+            draw(mixer)
     return student.requires_grad_(True).train(), transfer_table(teacher, student, config, untied)
 
 
@@ -111,10 +119,11 @@ def check_plan(config: StudentConfig, hf_config: PretrainedConfig) -> list[str]:
         ValueError: for an unknown family, a plan that does not fit its layers, or a head size that a mixer
             lacks.
     """
-    architecture_of(hf_config.model_type)
-    plan = config.layer_plan.resolve(hf_config.num_hidden_layers, list(MIXERS))
+    check_family(hf_config)
+    layer_count = hf_config.num_hidden_layers
+    plan = from_file(config.layer_plan, layer_count).resolve(layer_count, list(MIXERS))
     size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    for name in sorted(set(plan) - {ATTENTION}):
+    for name in sorted({plan[index] for index in config.replaced(plan)}):
         if size not in MIXERS[name].head_sizes:
             raise ValueError(
                 f"student.layer_plan: {name} needs a head size in {MIXERS[name].head_sizes}; the teacher "
@@ -126,26 +135,36 @@ def check_plan(config: StudentConfig, hf_config: PretrainedConfig) -> list[str]:
 
 def install_mixers(model: PreTrainedModel, config: StudentConfig, plan: list[str]) -> None:
     """Replaces attention modules by new mixers as the plan says, and lets the model make its own context."""
-    architecture = architecture_of(model.config.model_type)
-    layers = decoder_layers(model)
-    device = next(model.parameters()).device
-    replaced = [index for index, name in enumerate(plan) if name != ATTENTION]
-    for index in replaced:
-        # Mixers are drawn on the CPU, wherever the model is; a model without weights gets them without.
-        with torch.device("meta" if device.type == "meta" else "cpu"):
-            mixer = MIXERS[plan[index]](
-                attention_shape(attention_modules(model)[index], architecture),
-                config.options(plan[index]),
-                layer_index=index,
-                layer_count=len(layers),
-                first=index == replaced[0],
-            )
-        replace_attention(model, {index: mixer.to(device)})
+    for index in config.replaced(plan):
+        name = plan[index]
+        mixer = _new_mixer(model, index, name, config.options(name), first=index == plan.index(name))
+        replace_attention(model, {index: mixer})
+    keep_score_caps(model)
     provide_context(model.base_model)
 
 
+def _new_mixer(model: PreTrainedModel, index: int, name: str, options: Any, first: bool) -> Mixer:
+    """A mixer for a layer in which the model has its attention, on the model's device."""
+    device = next(model.parameters()).device
+    # Mixers are drawn on the CPU, wherever the model is; a model without weights gets them without.
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        mixer = MIXERS[name](
+            attention_shape(attention_modules(model)[index], architecture_of(model.config.model_type)),
+            options,
+            layer_index=index,
+            layer_count=len(decoder_layers(model)),
+            first=first,
+        )
+    return mixer.to(device)
+
+
 def restore_attention(
-    student: PreTrainedModel, teacher: PreTrainedModel, layers: list[int], *, trainable: bool
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    layers: list[int],
+    *,
+    trainable: bool,
+    config: StudentConfig | None = None,
 ) -> dict[int, nn.Module]:
     """Gives layers of the student the teacher's attention back.
 
@@ -154,68 +173,50 @@ def restore_attention(
         layers: indices.
         trainable: whether the student gets its own float32 copy, for good; otherwise it borrows the teacher's
             module, until `replace_attention` puts the mixers back.
+        config: the student's; with it, a copy is what its config has for kept layers.
 
     Returns:
         The modules that stood there before.
     """
-    modules = {index: attention_modules(teacher)[index] for index in layers}
-    if trainable:
-        modules = {
-            index: copy.deepcopy(module).float().requires_grad_(True) for index, module in modules.items()
-        }
-    before = replace_attention(student, modules)
-    if trainable:  # for good: another mixer may now be the first
-        for mixer in list(student_mixers(student).values())[:1]:
-            mixer.become_first()
+    if not trainable:
+        return replace_attention(student, {index: attention_modules(teacher)[index] for index in layers})
+    copies = {index: kept_module(teacher, index, config) for index in layers}
+    before = replace_attention(student, {i: module.requires_grad_(True) for i, module in copies.items()})
+    firsts = {type(mixer): mixer for mixer in reversed(student_mixers(student).values())}
+    for mixer in firsts.values():  # those before it may have gone
+        mixer.become_first()
     return before
 
 
-def transfer_table(
-    teacher: PreTrainedModel, student: PreTrainedModel, config: StudentConfig, untied: bool = False
-) -> list[TransferRow]:
-    """One row for every tensor of the teacher, and for every tensor that only the student has."""
-    architecture = architecture_of(teacher.config.model_type)
-    names = {}
-    for index, mixer in ((i, m) for i, m in attention_modules(student).items() if isinstance(m, Mixer)):
-        prefix = attention_prefix(teacher, index)
-        for target, source in INHERITED.items():
-            if getattr(architecture, source) and getattr(mixer, target, None) is not None:
-                names[f"{prefix}.{getattr(architecture, source)}."] = f"{prefix}.{target}."
-    new = dict(student.named_parameters())
-    rows = []
-    for source, tensor in teacher.named_parameters(remove_duplicate=False):
-        prefix = next((p for p in names if source.startswith(p)), None)
-        target = source if prefix is None else names[prefix] + source.removeprefix(prefix)
-        if new.pop(target, None) is None:
-            rows.append(TransferRow(source, "", "dropped", str(list(tensor.shape))))
-            continue
-        inherited = config.start == "transfer" or (config.start == "random_mixers" and prefix is None)
-        action = ("kept" if prefix is None else "moved") if inherited else "random"
-        if untied and tensor is teacher.get_output_embeddings().weight:
-            action += ", untied"
-        rows.append(TransferRow(source, target, action, str(list(tensor.shape))))
-    rows += [TransferRow("", name, "new", str(list(tensor.shape))) for name, tensor in new.items()]
-    return rows
+def kept_module(
+    teacher: PreTrainedModel,
+    index: int,
+    config: StudentConfig | None,
+    attention: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """What stands in a kept layer: a float32 copy of the teacher's attention, or a mixer filled from it.
+
+    Args:
+        teacher: the pretrained model.
+        index: of the layer.
+        config: the student's, whose `layer_plan.kept` and options count; None is plain attention.
+        attention: the tensors of the teacher's attention by name, whole, where the module has parts of them.
+    """
+    module = attention_modules(teacher)[index]
+    if config is None or not config.is_mixer(config.layer_plan.kept):
+        return copy.deepcopy(module).float()
+    name = config.layer_plan.kept
+    mixer = _new_mixer(teacher, index, name, config.options(name), first=False)
+    fill(mixer, attention or dict(module.named_parameters()), architecture_of(teacher.config.model_type))
+    return mixer
 
 
-def attention_prefix(model: PreTrainedModel, index: int) -> str:
-    """The name, within the model, of what stands in a layer where the teacher has its attention."""
-    module = attention_modules(model)[index]
-    return next(name for name, candidate in model.named_modules() if candidate is module)
-
-
-def _fill(mixer: Mixer, attention: nn.Module, architecture: Architecture, inherit: bool) -> None:
-    """Copies the attention's projections and norms into the mixer, or draws projections at random."""
-    for target, source in INHERITED.items():
-        part = getattr(mixer, target, None)
-        if part is None or getattr(architecture, source) is None:
-            continue
-        if inherit:
-            part.load_state_dict(getattr(attention, getattr(architecture, source)).state_dict())
-        elif isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=0.02)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+def _restore_scales(model: PreTrainedModel) -> None:
+    """Sets the factors of scaled embeddings as the config has them: a teacher in 16 bits has rounded them,
+    and a student that is loaded again has not."""
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale.fill_(module.scalar_embed_scale)
 
 
 def _untie(model: PreTrainedModel) -> bool:

@@ -24,9 +24,10 @@ class Outline:
         mixing: attention, or what stands in its place, over all layers.
         mixers: of these, what has replaced attention.
         largest_unit: the largest part of a layer that is gathered as one (models/parallelize.py).
+        idle: of all, those of experts that the router does not choose for a token.
         plan: what each layer mixes tokens with.
         width, inner, head_size, feed_forward_width, vocabulary: D, heads x head size, N, the feed-forward
-            layer's inner width, V.
+            layer's inner width (where layers have experts, of all those that a token goes through), V.
     """
 
     parameters: int
@@ -35,6 +36,7 @@ class Outline:
     mixing: int
     mixers: int
     largest_unit: int
+    idle: int
     plan: tuple[str, ...]
     width: int
     inner: int
@@ -45,7 +47,7 @@ class Outline:
     @property
     def multiplied(self) -> int:
         """Parameters below the head that each token is multiplied with."""
-        return self.parameters - self.embedding - self.head
+        return self.parameters - self.embedding - self.head - self.idle
 
 
 def outline(model: PreTrainedModel, plan: list[str]) -> Outline:
@@ -67,11 +69,12 @@ def outline(model: PreTrainedModel, plan: list[str]) -> Outline:
         mixing=sum(mixing.values()),
         mixers=sum(mixing[index] for index in student_mixers(model)),
         largest_unit=max(units),
+        idle=_idle(model),
         plan=tuple(plan),
         width=config.hidden_size,
         inner=head_size * config.num_attention_heads,
         head_size=head_size,
-        feed_forward_width=config.intermediate_size,
+        feed_forward_width=_feed_forward_width(model),
         vocabulary=config.vocab_size,
     )
 
@@ -79,6 +82,24 @@ def outline(model: PreTrainedModel, plan: list[str]) -> Outline:
 def teacher_plan(model: PreTrainedModel) -> list[str]:
     """The plan of a model without mixers."""
     return [ATTENTION] * model.config.num_hidden_layers
+
+
+def _experts(layer: nn.Module, count: int) -> list[nn.Parameter]:
+    """The weights [experts, ..., ...] of a layer whose tokens each go through some of `count` experts."""
+    return [p for p in layer.parameters() if count and p.dim() == 3 and p.shape[0] == count]
+
+
+def _idle(model: PreTrainedModel) -> int:
+    count = getattr(model.config, "num_experts", 0)
+    held = sum(p.numel() for layer in decoder_layers(model) for p in _experts(layer, count))
+    return held * (count - model.config.num_experts_per_tok) // count if held else 0
+
+
+def _feed_forward_width(model: PreTrainedModel) -> int:
+    config, count = model.config, getattr(model.config, "num_experts", 0)
+    if not any(_experts(layer, count) for layer in decoder_layers(model)):
+        return config.intermediate_size
+    return config.num_experts_per_tok * config.moe_intermediate_size
 
 
 def _rest(layer: nn.Module, mixing: int) -> int:

@@ -75,9 +75,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def kept_whole(*modules: nn.Module) -> Iterator[None]:
-    """Gathers sharded units once for all calls inside the block; their parameters must be listed before
-    it."""
-    units = [module for module in modules if isinstance(module, FSDPModule)]
+    """Gathers sharded units, in or below the modules, once for all calls inside the block; their parameters
+    must be listed before it."""
+    units = [unit for module in modules for unit in module.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False)
         unit.set_reshard_after_backward(False)

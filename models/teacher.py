@@ -14,6 +14,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from models.architectures import keep_score_caps
+
 log = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,6 +165,7 @@ def load_teacher(config: TeacherConfig) -> PreTrainedModel:
         raise ValueError(
             f"teacher.path={config.path!r} lacks {len(missing)} tensors or has them wrong: {missing[:5]}"
         )
+    keep_score_caps(model)
     return model.requires_grad_(False).eval()
 
 

@@ -23,11 +23,14 @@ class OneWeight(pl.LightningModule):
 
     def __init__(self, stage_name="align", tokens_before=1000):
         super().__init__()
-        self.stage_name, self.tokens_before, self.tokens_per_step = stage_name, tokens_before, 64
+        self.stage_name, self.tokens_before = stage_name, tokens_before
         self.weight = torch.nn.Parameter(torch.ones(1))
         self.frozen_mode = torch.nn.Dropout(0.5)
         self.tokenizer = WordTokenizer()
         self.modes = []
+
+    def tokens_at(self, step):
+        return self.tokens_before + 64 * step
 
     def training_step(self, batch, batch_idx):
         loss = (self.weight * batch.float().mean() - 0.5).square().sum()
@@ -86,5 +89,5 @@ def fit(
 
 def begin(logger, module):
     """Does what train.py does before a stage."""
-    logger.begin_stage(module.stage_name, module.tokens_before, module.tokens_per_step)
+    logger.begin_stage(module.stage_name, module.tokens_at)
     return logger

@@ -272,7 +272,7 @@ def test_an_unknown_family_is_refused_in_words():
         num_attention_heads=2,
         intermediate_size=80,
     )
-    with pytest.raises(ValueError, match="'gpt_neox' is unknown.*llama, qwen2, qwen3.*ARCHITECTURES"):
+    with pytest.raises(ValueError, match="'gpt_neox' is unknown.*llama, .*qwen3.*ARCHITECTURES"):
         check_plan(student_config(), config)
     with pytest.raises(ValueError, match="'gpt_neox' is unknown"):
         build_student(GPTNeoXForCausalLM(config), student_config(), ["rwkv7"] * 2)

@@ -7,20 +7,37 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from models.config import StudentConfig
-from models.conversion import TransferRow, build_student
+from models.conversion import build_student
 from models.layer_plan import LayerPlan
 from models.losses import IGNORED
 from models.mixers import MIXERS, RWKV7Options
+from models.transfer import TransferRow
 
 VOCABULARY = 97
 LAYERS = 3
@@ -33,19 +50,112 @@ ARWKV = {
     "value_residual": True,
     "written_key": "raw",
 }
+NARROW = {"head_dim": HEAD_SIZE, "hidden_size": 48}
 # Grouped-query attention everywhere but in `llama`; `qwen3` has q/k norms and heads wider than the model.
 FAMILIES = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
     "qwen2_tied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
     "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
     "llama_biased": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "tie_word_embeddings": True}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": HEAD_SIZE, "hidden_size": 48}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, NARROW),
+}
+WINDOW = 6  # tokens that a sliding layer sees, its own among them
+SLIDING, FULL = "sliding_attention", "full_attention"
+KINDS = {"sliding_window": WINDOW, "layer_types": [SLIDING, FULL, SLIDING]}
+FREQUENCIES = HEAD_SIZE // 4  # of a head of which half is rotated
+# Every other family of ARCHITECTURES and what else a parent may have, so sized that each part matters within
+# a few tokens: windows, caps of scores and logits, scaled and partial rotations, layers without, experts.
+PARENTS = FAMILIES | {
+    "llama_llama3": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "llama_linear": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0}},
+    ),
+    "qwen2_yarn": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "qwen2_windows": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": WINDOW}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"partial_rotary_factor": 0.5, "sliding_window": WINDOW}),
+    "phi3_longrope": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0 + 0.1 * i for i in range(FREQUENCIES)],
+                "long_factor": [2.0 + 0.5 * i for i in range(FREQUENCIES)],
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        NARROW
+        | KINDS
+        | {
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+            "attn_implementation": "eager",
+        },
+    ),
+    "gemma3_text": (Gemma3ForCausalLM, Gemma3TextConfig, NARROW | KINDS | {"query_pre_attn_scalar": 20}),
+    "olmo2": (
+        Olmo2ForCausalLM,
+        Olmo2Config,
+        {"hidden_size": 4 * HEAD_SIZE, "num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
+    "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {"no_rope_layer_interval": 2}),
+    "glm4": (Glm4ForCausalLM, Glm4Config, NARROW),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        NARROW
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
 }
 
 
 def tiny_teacher(family: str = "qwen2", layers: int = LAYERS, seed: int = 0, **options) -> PreTrainedModel:
     """A frozen random model whose every tensor matters: biases and norm weights are random as well."""
-    make, config, given = FAMILIES[family]
+    make, config, given = PARENTS[family]
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": 2 * HEAD_SIZE,

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from models.backbone import soft_capped
 from models.config import StudentConfig, options_from
 from models.conversion import install_mixers
 from models.layer_plan import LayerPlan
@@ -141,7 +142,7 @@ class TransmuteForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = soft_capped(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.parent)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -161,10 +162,11 @@ class TransmuteForCausalLM(PreTrainedModel, GenerationMixin):
         parent's."""
         plan = self.config.layer_plan
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        firsts = {type(mixer): mixer for mixer in reversed(mixers)}.values()
         for mixer in mixers:
             missing = [name for name, tensor in mixer.named_parameters() if not _is_loaded(tensor)]
             if missing:
-                _start_anew(mixer, missing, layer_count=len(plan), first=mixer is mixers[0])
+                _start_anew(mixer, missing, layer_count=len(plan), first=any(mixer is m for m in firsts))
         super().initialize_weights()
 
 

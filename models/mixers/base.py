@@ -22,8 +22,15 @@ class AttentionShape:
         hidden_size: D.
         heads, kv_heads, head_size: H, G, N; G divides H.
         query_bias, key_bias, value_bias, output_bias: which projections have biases.
-        query_norm, key_norm: whether queries and keys go through a per-head RMSNorm.
+        query_norm, key_norm: whether queries and keys go through an RMSNorm before they are rotated.
         norm_eps: its epsilon.
+        norm_scope: `head`, one norm over N for each head, or `width`, one norm over all heads.
+        norm_offset: what is added to its weight.
+        read_scale: factor of q · k before the softmax; None means N^-1/2.
+        rotated: whether queries and keys are rotated at all.
+        rotation: which channels turn together: `half` or `interleaved` (mixers/heads.py).
+        window: last tokens that a token sees, itself among them; None means all.
+        score_cap: c, where scores s enter the softmax as c tanh(s / c); None means as they are.
     """
 
     hidden_size: int
@@ -37,14 +44,13 @@ class AttentionShape:
     query_norm: bool = False
     key_norm: bool = False
     norm_eps: float = 1e-6
-
-    def repeat_kv(self, heads: Tensor) -> Tensor:
-        """[B,T,G,N] -> [B,T,H,N]; neighbouring query heads share a key/value head."""
-        return (
-            heads
-            if self.kv_heads == self.heads
-            else heads.repeat_interleave(self.heads // self.kv_heads, dim=2)
-        )
+    norm_scope: str = "head"
+    norm_offset: float = 0.0
+    read_scale: float | None = None
+    rotated: bool = True
+    rotation: str = "half"
+    window: int | None = None
+    score_cap: float | None = None
 
 
 def wide(tensor: Tensor) -> Tensor:
