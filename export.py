@@ -37,7 +37,8 @@ def main(config: DictConfig) -> None:
 
     tokenizer = folder_tokenizer(source)
     student = load_student(source)
-    facts = {k: v for k, v in read_json(source / DESCRIPTION).items() if k not in ("layer_plan", "mixers")}
+    said = read_json(source / DESCRIPTION)
+    facts = {key: said[key] for key in said if key not in ("layer_plan", "kept", "mixers")}
     console = Console(highlight=False)
     card = model_card(student, origin(source, facts.get("stage")))
     with whole_folder(output) as unfinished:

@@ -1,10 +1,10 @@
 """The student as a config describes it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from models.layer_plan import LayerPlan
+from models.layer_plan import ATTENTION, LayerPlan
 from models.mixers import MIXERS
 
 STARTS = ("transfer", "random_mixers", "random")
@@ -16,7 +16,8 @@ class StudentConfig:
 
     Args:
         layer_plan: which layers are replaced, and by what.
-        mixers: mixer name -> its options, for example {"rwkv7": RWKV7Options()}.
+        mixers: mixer name -> its options, for example {"rwkv7": RWKV7Options()}; `attention` without options,
+            or with its defaults, is the teacher's own module.
         start: `transfer` (mixers inherit the attention's weights), `random_mixers` (they do not, the rest of
             the parent does) or `random` (nothing is inherited: the from-scratch control).
 
@@ -42,6 +43,14 @@ class StudentConfig:
     def options(self, mixer: str) -> Any:
         """The options of a mixer, its defaults where the config says nothing."""
         return self.mixers.get(mixer) or MIXERS[mixer].options_class()
+
+    def is_mixer(self, name: str) -> bool:
+        """Whether a layer that a plan gives this name holds a mixer, not the teacher's own attention."""
+        return name != ATTENTION or getattr(self.mixers.get(name), "changes_attention", False)
+
+    def replaced(self, plan: Sequence[str]) -> list[int]:
+        """The layers of a plan that hold a mixer."""
+        return [index for index, name in enumerate(plan) if self.is_mixer(name)]
 
 
 def plain_options(options: Any) -> dict[str, Any]:

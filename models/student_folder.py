@@ -65,15 +65,20 @@ def write_student(
         student, tokenizer, facts: as for `save_student`.
         tensors: the model's, whole and on the CPU.
     """
-    student.model.save_pretrained(folder, state_dict=tensors)
+    # By the names that modules have in memory: transformers would write the experts of some families apart.
+    student.model.save_pretrained(folder, state_dict=tensors, save_original_format=False)
     tokenizer.save_pretrained(folder)
-    description = {"layer_plan": student.plan, "mixers": used_mixers(student), **facts}
+    kept = student.config.layer_plan.kept  # a later stage may still choose layers
+    mixers = used_mixers(student)
+    if student.config.is_mixer(kept):
+        mixers[kept] = plain_options(student.config.options(kept))
+    description = {"layer_plan": student.plan, "kept": kept, "mixers": mixers, **facts}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
 def used_mixers(student: Student) -> dict[str, dict[str, Any]]:
     """Name -> options, as plain data, of every mixer that stands in some layer."""
-    used = sorted(set(student.plan) - {ATTENTION})
+    used = sorted({student.plan[index] for index in student.config.replaced(student.plan)})
     return {name: plain_options(student.config.options(name)) for name in used}
 
 
@@ -128,7 +133,8 @@ def _described(folder: Path, hf_config: PretrainedConfig) -> tuple[list[str], St
     description = read_json(path)
     try:
         mixers = {name: options_from(name, options) for name, options in description["mixers"].items()}
-        config = StudentConfig(layer_plan=LayerPlan(layers=description["layer_plan"]), mixers=mixers)
+        plan = LayerPlan(layers=description["layer_plan"], kept=description.get("kept", ATTENTION))
+        config = StudentConfig(layer_plan=plan, mixers=mixers)
         plan = config.layer_plan.resolve(hf_config.num_hidden_layers, list(MIXERS))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

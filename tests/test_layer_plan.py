@@ -1,8 +1,9 @@
 """The layer plan: what it resolves to, and what it refuses."""
 
 import pytest
+import yaml
 
-from models.layer_plan import LayerPlan
+from models.layer_plan import PLAN_FILE, LayerPlan, from_file, read_plan_file, write_plan_file
 
 KNOWN = ["rwkv7", "rwkv6", "sparse"]
 FOURTH = ["rwkv7", "rwkv7", "rwkv7", "sparse"]
@@ -25,6 +26,20 @@ FOURTH = ["rwkv7", "rwkv7", "rwkv7", "sparse"]
         ({"mixer": ["rwkv6", "attention"]}, "6A6A"),
         ({"mixer": ("sparse",)}, "SSSS"),
         ({"mixer": ["rwkv7"] * 5 + ["sparse"]}, "RRRR"),
+        ({"mixer": ["3 rwkv7", "sparse"]}, "RRRS"),
+        ({"layers": ["2  rwkv7", "rwkv6", "1 attention"]}, "RR6A"),
+        ({"layers": ["attention", "0 rwkv6", "3 sparse"]}, "ASSS"),
+        ({"every": 4}, "RRRA"),
+        ({"every": 2, "kept": "sparse", "mixer": "rwkv6"}, "6S6S"),
+        ({"every": 3, "mixer": ["rwkv7", "rwkv6"]}, "R6A6"),
+        ({"every": 1}, "AAAA"),
+        ({"every": 5}, "RRRR"),
+        ({"pattern": "3:1"}, "RRRA"),
+        ({"pattern": "1:2", "kept": "sparse"}, "RSSR"),
+        ({"pattern": "4:0"}, "RRRR"),
+        ({"pattern": "0:1"}, "AAAA"),
+        ({"keep": [0, -1], "kept": "rwkv6"}, "6RR6"),
+        ({"kept": "sparse"}, "RRRR"),
     ],
     ids=str,
 )
@@ -46,6 +61,12 @@ def test_plans_resolve(options, wanted):
         ({"layers": ["rwkv7"] * 3}, "student.layer_plan.layers has 3 entries; the teacher has 4 layers"),
         ({"layers": []}, "student.layer_plan.layers has 0 entries; the teacher has 4 layers"),
         ({"layers": ["rwkv7", "rwkv", "attention", "attn"]}, "['attn', 'rwkv'] is unknown"),
+        ({"layers": ["3 rwkv7"]}, "student.layer_plan.layers has 3 entries; the teacher has 4 layers"),
+        ({"layers": ["3 rwkv", "attention"]}, "['rwkv'] is unknown"),
+        (
+            {"kept": "window"},
+            "student.layer_plan: ['window'] is unknown; choose from rwkv7, rwkv6, sparse, att",
+        ),
     ],
     ids=str,
 )
@@ -67,6 +88,73 @@ def test_no_mixer_at_all_is_refused(mixer):
         LayerPlan(mixer=mixer)
 
 
-def test_contradictions_are_refused():
-    with pytest.raises(ValueError, match="give either `layers` .* or `keep`, not both"):
-        LayerPlan(layers=["rwkv7"] * 4, keep=[1])
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"layers": ["rwkv7"] * 4, "keep": [1]}, "keep and layers"),
+        ({"layers": [], "every": 4}, "every and layers"),
+        ({"every": 4, "keep": (1,)}, "keep and every"),
+        ({"pattern": "3:1", "every": 4}, "every and pattern"),
+        ({"file": "run", "pattern": "3:1", "keep": [0]}, "keep and pattern and file"),
+    ],
+    ids=str,
+)
+def test_contradictions_are_refused(options, named):
+    with pytest.raises(ValueError, match=f"student.layer_plan: {named} contradict each other; give one of"):
+        LayerPlan(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"every": 0}, "student.layer_plan.every=0 must be at least 1"),
+        ({"kept": ""}, "student.layer_plan.kept is empty"),
+        ({"pattern": "3-1"}, "student.layer_plan.pattern='3-1' must be two counts such as '3:1'"),
+        ({"pattern": "0:0"}, "student.layer_plan.pattern='0:0' must be two counts"),
+        ({"pattern": "3:1:1"}, "must be two counts"),
+    ],
+    ids=str,
+)
+def test_values_that_mean_nothing_are_refused(options, message):
+    with pytest.raises(ValueError) as error:
+        LayerPlan(**options)
+    assert message in str(error.value)
+
+
+# --- the file -----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_goes_from_run_to_run(tmp_path):
+    write_plan_file(tmp_path, ["rwkv7", "attention", "rwkv7"], by="kl", scores=[0.1, 0.25, None])
+    assert yaml.safe_load((tmp_path / PLAN_FILE).read_text())["scores"] == [0.1, 0.25, None]
+    for place in (tmp_path, tmp_path / PLAN_FILE, str(tmp_path)):
+        assert read_plan_file(place) == ["rwkv7", "attention", "rwkv7"]
+    plan = from_file(LayerPlan(file=str(tmp_path), mixer="rwkv6", kept="sparse"), 3)
+    assert plan.resolve(3, KNOWN) == ["rwkv7", "attention", "rwkv7"] and plan.kept == "sparse"
+    assert from_file(FIXED := LayerPlan(keep=[1]), 3) is FIXED
+
+
+def test_a_plan_written_by_hand_is_read(tmp_path):
+    for text in ("layers: [2 rwkv7, sparse]  # by hand", '{"layers": ["rwkv7", "rwkv7", "sparse"]}'):
+        (tmp_path / "mine").write_text(text)
+        assert read_plan_file(tmp_path / "mine") == ["rwkv7", "rwkv7", "sparse"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "there is no"),
+        ("layers: [rwkv7", "is damaged"),
+        ("\xff", "is damaged"),
+        ("layers: []", "has no list `layers`"),
+        ("layers: [1, 2]", "has no list `layers`"),
+        ("[rwkv7, attention]", "has no list `layers`"),
+        ("layers: [rwkv7, rwkv7]", "is a plan for 2 layers; the teacher has 3"),
+    ],
+    ids=str,
+)
+def test_a_file_without_a_fitting_plan_is_refused_with_its_key(text, message, tmp_path):
+    if text is not None:
+        (tmp_path / PLAN_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"student.layer_plan.file={tmp_path}.*{message}"):
+        from_file(LayerPlan(file=str(tmp_path)), 3)

@@ -27,10 +27,11 @@ SHAPES = {
     ),
     "norms": AttentionShape(48, 2, 1, HEAD_SIZE, query_norm=True, key_norm=True, norm_eps=1e-3),
 }
-PUBLISHED = {"rope": False, "bonus": True, "group_norm": True, "written_key": "raw"}
+PUBLISHED = {"rope": False, "gate": "silu", "bonus": True, "group_norm": True, "written_key": "published"}
 FLAVOURS = {
     "rad": {},
     "published": PUBLISHED,
+    "published_with_raw_keys": PUBLISHED | {"gate": "full", "written_key": "raw"},
     "raw_low_gate": {"written_key": "raw", "gate": "low"},
     "bonus_without_shift": {"bonus": True, "token_shift": False, "gate": "none"},
 }
@@ -87,7 +88,9 @@ class PlainRWKV6:
         state, outputs = torch.zeros(size, size, dtype=torch.float64), []
         for token in range(len(r)):
             written = k[token] / k[token].norm() if self.options.written_key == "unit" else k[token]
-            added = torch.outer(written * (1 - w[token]), v[token])
+            if self.options.written_key != "published":
+                written = written * (1 - w[token])
+            added = torch.outer(written, v[token])
             before, state = state, torch.diag(w[token]) @ state + added
             if self.options.bonus:
                 y = r[token] @ (before + torch.diag(self.weights["bonus"][head]) @ added)
@@ -125,6 +128,9 @@ class PlainRWKV6:
             return 1.0
         if self.options.gate == "full":
             return 2 * (hidden @ self.weights["gate.weight"].T).sigmoid()
+        if self.options.gate == "silu":
+            opened = hidden @ self.weights["gate.weight"].T + self.weights["gate.bias"]
+            return opened * opened.sigmoid()
         return 1 + (hidden @ self.weights["gate.down.weight"].T).sigmoid() @ self.weights["gate.up.weight"].T
 
 

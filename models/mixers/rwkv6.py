@@ -19,7 +19,7 @@ from models.mixers.low_rank import LowRank, rounded_rank
 from models.mixers.token_shift import previous_token
 
 LARGEST_RATE = 5.0  # a decay of e^-5 in one token; the published bound
-WRITTEN_KEYS = ("unit", "raw")
+WRITTEN_KEYS = ("unit", "raw", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,14 @@ class RWKV6Options:
 
     Args:
         rope: rotate receptance and key as the teacher rotates query and key.
-        gate: `none`, `low` rank or `full` rank; starts at exactly 1 everywhere, so the transferred output
-            path is whole.
+        gate: `none`, `low` rank or `full` rank, or `silu` (full rank, as published); starts at 1 everywhere,
+            so the transferred output path is whole.
         token_shift: mix each token with its predecessor, by how much depends on both; starts at no mixing.
         bonus: read the current token with a weight of its own per channel, and the state as it was before it
             (published RWKV-6); starts at 1. Otherwise the current token is read like every other.
         group_norm: normalise each head's output.
         written_key: `unit` writes a unit-norm key times (1 - decay), `raw` the key as projected times
-            (1 - decay).
+            (1 - decay), `published` the key as projected.
         backend: of the wkv6 operator: auto, or a name of docs/kernels.md.
     """
 
@@ -132,8 +132,10 @@ class RWKV6Mixer(RecurrentMixer):
         key = wide(key)
         if self.options.written_key == "unit":
             key = F.normalize(key, dim=-1, eps=1e-6)
-        written = self.shape.repeat_kv(key) * -torch.expm1(log_decay)
-        operands = (receptance, log_decay, written, self.shape.repeat_kv(value))
+        written = self.repeat_kv(key)
+        if self.options.written_key != "published":
+            written = written * -torch.expm1(log_decay)
+        operands = (receptance, log_decay, written, self.repeat_kv(value))
         mixed, state = self.run_operator(operands, memory, context, u=self.bonus)
         self.remember(memory, state, hidden, context, shifts=self.shift is not None)
         return self.finish(mixed, None, inputs["g"])

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
 from kernels.arguments import without_autocast
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, wide
 from models.mixers.heads import HeadMixer
+from models.mixers.softmax import QUERY_BLOCK, in_query_blocks
 from models.sequence_state import ChunkedTokens, TokenCacheLayer, token_layer
-
-QUERY_BLOCK = 128  # queries whose mask [B,H,Q,S] exists at one time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,25 +89,18 @@ class SparseAttentionMixer(HeadMixer):
 
     def _attend(self, query: Tensor, text: ChunkedTokens) -> Tensor:
         """[B,T,H,N] scaled queries of the last T tokens -> [B,T,H,N], a block of queries at a time."""
-        length = query.shape[1]
-        means = self._chunk_means(text)
-        blocks = []
-        for start in range(0, length, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, length)
+        length, means = query.shape[1], self._chunk_means(text)
+
+        def block(start: int, stop: int) -> Tensor:
             end = text.keys.shape[1] - length + stop  # no query of the block sees further
-            seen = ChunkedTokens(*(x[:, :end] for x in text[:3]), text.first_chunks[:, start:stop])
-            arguments = query[:, start:stop], seen, means
-            if torch.is_grad_enabled() and length > QUERY_BLOCK:  # the masks of all blocks would add up
-                blocks.append(
-                    checkpoint(self._attend_block, *arguments, use_reentrant=False, preserve_rng_state=False)
-                )
-            else:
-                blocks.append(self._attend_block(*arguments))
-        return torch.cat(blocks, dim=1)
+            seen = ChunkedTokens(*(x[:, :end] for x in text[:3]), *(x[:, start:stop] for x in text[3:]))
+            return self._attend_block(query[:, start:stop], seen, means)
+
+        return in_query_blocks(block, length, QUERY_BLOCK)
 
     def _attend_block(self, query: Tensor, text: ChunkedTokens, means: Tensor) -> Tensor:
         """[B,Q,H,N] of the last Q tokens of `text` -> [B,Q,H,N]."""
-        keys, values = (self.shape.repeat_kv(x).transpose(1, 2) for x in (text.keys, text.values))
+        keys, values = (self.repeat_kv(x).transpose(1, 2) for x in (text.keys, text.values))
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2), keys, values, attn_mask=self._visible(query, text, means), scale=1.0
         )
@@ -144,4 +135,4 @@ class SparseAttentionMixer(HeadMixer):
         keys = wide(text.keys)
         place = text.chunks.clamp(min=0)[..., None, None].expand_as(keys)  # padding's keys are 0
         sums = keys.new_zeros(keys.shape[0], count, *keys.shape[2:]).scatter_add(1, place, keys)
-        return self.shape.repeat_kv(sums / self.options.chunk_length)
+        return self.repeat_kv(sums / self.options.chunk_length)
