@@ -4,7 +4,7 @@ Shape letters: B rows, T tokens, n tokens with a label, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from models import ranks
-from models.backbone import hidden_states
+from models.backbone import hidden_states, output_head
 from models.losses import IGNORED, cross_entropy, forward_kl, token_chunks
 from models.parallelize import kept_whole
 
@@ -106,7 +106,7 @@ def batch_metrics(
         name: hidden_states(m, batch["input_ids"], batch["document_ids"])[chosen]
         for name, m in models.items()
     }
-    heads = {name: m.get_output_embeddings() for name, m in models.items()}
+    heads = {name: output_head(m) for name, m in models.items()}
     values: dict[str, list[Tensor]] = {}
     with kept_whole(*heads.values()):
         for chunk in token_chunks(labels, CHUNK_TOKENS):
@@ -129,6 +129,16 @@ def batch_metrics(
     )
 
 
+def own_batches(batches: Sequence[dict[str, Tensor]]) -> Iterator[tuple[int | None, dict[str, Tensor]]]:
+    """This process's share of the batches, each with its index; all processes get equally many.
+
+    The index is None where a batch only keeps a process busy while others have one more.
+    """
+    for start in range(0, len(batches), ranks.world_size()):
+        index = start + ranks.rank()
+        yield (index, batches[index]) if index < len(batches) else (None, batches[0])
+
+
 def evaluate(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -142,10 +152,9 @@ def evaluate(
     """
     own, was_training = MetricSums(), model.training
     model.eval()
-    for start in range(0, len(batches), ranks.world_size()):
-        index = start + ranks.rank()
-        sums = batch_metrics(model, teacher, batches[index if index < len(batches) else 0], comparisons)
-        if index < len(batches):
+    for index, batch in own_batches(batches):
+        sums = batch_metrics(model, teacher, batch, comparisons)
+        if index is not None:
             own.add(sums)
     model.train(was_training)
     total = MetricSums()

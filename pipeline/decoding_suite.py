@@ -15,7 +15,7 @@ from conf.launch import quieten
 from models.config import StudentConfig
 from models.conversion import build_student
 from models.decoding import decoding_cost
-from models.layer_plan import LayerPlan
+from models.layer_plan import LayerPlan, from_file
 from models.mixers import MIXERS
 from models.student_folder import load_model, model_folder
 from reports.plots import decoding_cost as draw_decoding_cost
@@ -70,7 +70,8 @@ class DecodingSuite:
 
 
 def _student(teacher: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
-    names = plan.resolve(teacher.config.num_hidden_layers, list(MIXERS))
+    layer_count = teacher.config.num_hidden_layers
+    names = from_file(plan, layer_count).resolve(layer_count, list(MIXERS))
     return build_student(teacher, StudentConfig(layer_plan=plan), names)[0].eval()
 
 

@@ -236,8 +236,8 @@ def layer_scores(
             axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=9)
     axes.set_xticks(np.arange(0, len(scores), -(-len(scores) // 16)))
     axes.axhline(0, color="#444444", linewidth=0.8)
-    axes.margins(y=0.12)
-    axes.legend()
+    axes.margins(x=0.02, y=0.12)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)  # inside it would hide bars
     return _save(figure, path)
 
 

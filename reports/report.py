@@ -19,7 +19,7 @@ from reports.table import MISSING, format_tokens, markdown_table, summary_markdo
 # File in `plots/`, its heading in the page, what to look for in it; in the order of the page.
 PICTURES = (
     ("loss.png", "Loss against tokens", "The closer the student ends to the dotted line, the less was lost."),
-    ("layer_scores.png", "Layer selection", "The layers that keep attention are those that would cost most."),
+    ("layer_scores.png", "Layer selection", "The layers with the highest scores keep attention."),
     ("alignment_align.png", "Alignment", "Every replaced layer should darken towards the right."),
     (
         "loss_by_position.png",
@@ -90,6 +90,7 @@ def write_report(
     command: str | Sequence[str],
     config: Mapping,
     transfer: Sequence[Mapping] = (),
+    scores: Mapping | None = None,
 ) -> Path:
     """Writes `<run folder>/report.md` from the summary, the pictures in `plots` and `environment.json`.
 
@@ -102,6 +103,7 @@ def write_report(
             and `seed` are shown, so that credentials of loggers never reach the page.
         transfer: rows of one table that accounts for the teacher's tensors, such as
             `{"action": "copied", "tensors": 31, "parameters": 2_100_000}`; all rows have the same keys.
+        scores: of layers, `scores`, `kept` and `label` as for `layer_scores`; they become a table.
     """
     folder = Path(run_folder)
     line = command if isinstance(command, str) else shlex.join(command)
@@ -113,6 +115,7 @@ def write_report(
         summary_markdown(summary),
         EXPLANATION,
         *_pictures(folder),
+        *_scores(scores),
         "## Configuration",
         markdown_table(("key", "value"), list(_digest(config))),
         *_student(summary["student"]),
@@ -158,6 +161,16 @@ def _pictures(folder: Path) -> Iterator[str]:
             yield f"## {heading}"
             yield f"![{heading}](plots/{name})"
             yield explanation
+
+
+def _scores(scores: Mapping | None) -> Iterator[str]:
+    """The numbers by which layers have been chosen, best first."""
+    if scores is None:
+        return
+    ranked = sorted(enumerate(scores["scores"]), key=lambda pair: -pair[1])
+    rows = [(layer, f"{score:.4g}", "yes" if layer in scores["kept"] else "") for layer, score in ranked]
+    yield "## Scores of layers"
+    yield markdown_table(("layer", scores["label"], "keeps attention"), rows, numbers=True)
 
 
 def _digest(config: Mapping) -> Iterator[tuple[str, str]]:

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from tiny import packed_batch, random_ids, tiny_student, tiny_teacher
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from models import evaluation
-from models.architectures import attention_modules
 from models.evaluation import (
     EVERY,
     MetricSums,
@@ -23,7 +22,6 @@ from models.evaluation import (
 )
 from models.layer_errors import layer_errors, why_not_comparable
 from models.losses import IGNORED
-from models.selection import SelectLayers
 
 ROWS = [[9, 14, -3], [-4, 22]]
 
@@ -243,7 +241,7 @@ class Oracle(nn.Module):
     def __init__(self, length: int, vocabulary: int):
         super().__init__()
         self.length, self.vocabulary = length, vocabulary
-        self.head = nn.Identity()
+        self.head, self.config = nn.Identity(), PretrainedConfig()
         self.anything = nn.Parameter(torch.zeros(1))
 
     def get_output_embeddings(self) -> nn.Module:
@@ -277,39 +275,3 @@ def test_a_row_of_the_results_table(models):
     alone, _ = held_out_row(teacher, None, batches, copies)
     assert "kl" not in alone and "top1_agreement" not in alone
     assert alone["loss"] == pytest.approx(means["teacher_loss"])
-
-
-# --- choosing layers ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("by", ["kl", "copy"])
-def test_the_damaged_layer_is_the_one_to_restore(by):
-    """Layers 0 and 2 hardly speak, so giving layer 1 back is worth the most; the student is as before."""
-    teacher = tiny_teacher()
-    mixed = tiny_student(teacher, noise=0.0)
-    with torch.no_grad():
-        for index in (0, 2):
-            for model, output in ((teacher, "o_proj"), (mixed, "output")):
-                getattr(attention_modules(model)[index], output).weight.mul_(1e-3)
-    before, ids = {n: p.clone() for n, p in mixed.named_parameters()}, random_ids(1, 10)
-    logits = mixed(ids).logits
-    select = SelectLayers(name="select", by=by, rows=1)
-    scores = select.scores(mixed, teacher, [0, 1, 2], [packed_batch(ROWS)], [passages_twice(10)])
-    assert set(scores) == {0, 1, 2} and all(math.isfinite(score) for score in scores.values())
-    if by == "kl":
-        assert select.choose(scores) == [1] and scores[1] > 0
-        whole = evaluate(mixed, teacher, [packed_batch(ROWS)]).means()["kl"]
-        assert scores[1] < 1.01 * max(whole, evaluate(mixed, teacher, [passages_twice(10)]).means()["kl"])
-    assert torch.equal(mixed(ids).logits, logits)
-    assert all(torch.equal(p, before[n]) for n, p in mixed.named_parameters()) and mixed.training is False
-
-
-def test_choosing_layers_by_score():
-    scores = {0: 0.1, 1: 0.7, 2: -0.2, 3: 0.4}
-    assert SelectLayers(name="select", keep=2).choose(scores) == [1, 3]
-    assert SelectLayers(name="select", keep=3).choose(scores) == [0, 1, 3]
-    with pytest.raises(ValueError, match="stage.select.keep=5 is more than the 4 replaced layers"):
-        SelectLayers(name="select", keep=5).choose(scores)
-    for options, key in (({"by": "loss"}, "by"), ({"keep": 0}, "keep"), ({"rows": 0}, "rows")):
-        with pytest.raises(ValueError, match=f"stage.select.{key}="):
-            SelectLayers(name="select", **options)
