@@ -20,7 +20,7 @@ class Dashboard(pl.Callback):
 
     Emits `alignment/<stage>/heat_map` (an image) for stages that align layers, and `charts/loss`. Does
     nothing without a `PanelLogger` among the loggers. Preconditions: the module has `stage_name`,
-    `tokens_before` and `tokens_per_step`; the charts are drawn from `metrics.csv`, so they also need a
+    `tokens_at`; the charts are drawn from `metrics.csv`, so they also need a
     `MetricsCsv` logger.
 
     Args:
@@ -41,7 +41,7 @@ class Dashboard(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Tells the logger where this stage stands on the tokens axis."""
         for logger in panel_loggers(trainer.loggers):
-            logger.begin_stage(pl_module.stage_name, pl_module.tokens_before, pl_module.tokens_per_step)
+            logger.begin_stage(pl_module.stage_name, pl_module.tokens_at)
         if any(type(logger) is WandbLogger for logger in trainer.loggers) and trainer.is_global_zero:
             log.warning(
                 "wandb panels are neither grouped nor over tokens: set logger.wandb._target_ to "

@@ -7,7 +7,7 @@ appends, and can cut off what an interrupted run wrote after its last checkpoint
 import csv
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,7 @@ class MetricsCsv(Logger):
         self.path = Path(run_folder) / "metrics.csv"
         self.flush_every = flush_every
         self.stage: str | None = None
-        self.tokens_before = 0
-        self.tokens_per_step = 0
+        self._tokens_at: Callable[[int], int] | None = None
         self._rows: list[tuple[str, int, int, str, str]] = []
 
     @property
@@ -59,16 +58,15 @@ class MetricsCsv(Logger):
         """The run folder."""
         return str(self.path.parent)
 
-    def begin_stage(self, stage: str, tokens_before: int, tokens_per_step: int) -> None:
+    def begin_stage(self, stage: str, tokens_at: Callable[[int], int]) -> None:
         """Says to which stage the next rows belong.
 
         Args:
             stage: name of the stage.
-            tokens_before: tokens consumed by earlier stages.
-            tokens_per_step: tokens of one optimiser step over all ranks.
+            tokens_at: completed optimiser steps of the stage -> tokens of the run, over all ranks.
         """
         self.save()
-        self.stage, self.tokens_before, self.tokens_per_step = stage, tokens_before, tokens_per_step
+        self.stage, self._tokens_at = stage, tokens_at
 
     @rank_zero_only
     def truncate_after(self, stage: str, step: int) -> None:
@@ -113,11 +111,9 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def record(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Adds one row per metric at a count of completed steps, for code outside Lightning's loop."""
-        if self.stage is None:
-            raise ValueError(
-                "logger.csv: call begin_stage(stage, tokens_before, tokens_per_step) before logging"
-            )
-        tokens = self.tokens_before + step * self.tokens_per_step
+        if self.stage is None or self._tokens_at is None:
+            raise ValueError("logger.csv: call begin_stage(stage, tokens_at) before logging")
+        tokens = self._tokens_at(step)
         for metric, value in metrics.items():
             if metric != "epoch":
                 self._rows.append((self.stage, step, tokens, metric, repr(float(value))))

@@ -1,7 +1,7 @@
 """Weights & Biases panels: grouped by what they show, over the tokens seen, one axis for all stages."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,7 @@ class PanelLogger(WandbLogger):
             **{"project": project, "entity": entity, "name": name, "group": group, "notes": notes},
             **{"job_type": job_type, "tags": None if tags is None else list(tags)},
         }
-        self._tokens_before = 0
-        self._tokens_per_step = 0
+        self._tokens_at: Callable[[int], int] = lambda step: 0
 
     @rank_zero_only
     def check(self) -> None:
@@ -117,15 +116,14 @@ class PanelLogger(WandbLogger):
         """The id of the wandb run."""
         return self._identity.id
 
-    def begin_stage(self, stage: str, tokens_before: int, tokens_per_step: int) -> None:
+    def begin_stage(self, stage: str, tokens_at: Callable[[int], int]) -> None:
         """Sets where the tokens axis stands.
 
         Args:
             stage: name of the stage; not used here, the module's metric names start with it.
-            tokens_before: tokens consumed by earlier stages.
-            tokens_per_step: tokens of one optimiser step over all ranks.
+            tokens_at: completed optimiser steps of the stage -> tokens of the run, over all ranks.
         """
-        self._tokens_before, self._tokens_per_step = tokens_before, tokens_per_step
+        self._tokens_at = tokens_at
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -135,8 +133,7 @@ class PanelLogger(WandbLogger):
             metrics: names and values.
             step: Lightning's zero-based index of the optimiser step; None stands for "before the first step".
         """
-        completed = 0 if step is None else step + 1
-        self.log_panels(metrics, tokens=self._tokens_before + completed * self._tokens_per_step)
+        self.log_panels(metrics, tokens=self._tokens_at(0 if step is None else step + 1))
 
     @rank_zero_only
     def log_panels(self, metrics: Mapping[str, Any], *, tokens: int) -> None:

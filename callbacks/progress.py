@@ -17,8 +17,8 @@ class StageProgress(ProgressBar):
 
     Where the output is not a terminal it writes a log line every tenth of the stage instead. Emits no metric.
     Shows the module's `<stage>/loss` and `throughput/tokens_per_second` (from `Throughput`) where they are
-    logged. Precondition: the module has `stage_name`; time left needs `trainer.max_steps`, which every stage
-    sets from its token budget.
+    logged. Precondition: the module has `stage_name` and `tokens_at`; time left needs `trainer.max_steps`,
+    which every stage sets from its token budget.
 
     Args:
         refresh_seconds: shortest time between two updates of the bar. Reading the loss waits for the
@@ -124,8 +124,9 @@ class StageProgress(ProgressBar):
             parts.append(f"{float(speed):,.0f} tokens/s")
         done = trainer.global_step - self._first_step
         if done > 0 and trainer.max_steps > 0:
-            remaining = max(trainer.max_steps - trainer.global_step, 0)
-            parts.append(f"{clock((time.perf_counter() - self._started) / done * remaining)} left")
+            steps = (self._first_step, trainer.global_step, trainer.max_steps)
+            first, now, end = (pl_module.tokens_at(step) for step in steps)
+            parts.append(f"{clock((time.perf_counter() - self._started) / (now - first) * (end - now))} left")
         return ", ".join(parts)
 
     def _close(self) -> None:

@@ -13,8 +13,8 @@ class Throughput(pl.Callback):
 
     Emits `throughput/tokens_per_second` (global tokens; the median over the last steps, so that a validation
     or a checkpoint between two steps does not show), `throughput/seconds` (of the stage so far, earlier
-    attempts included). Precondition: the module has the integer `tokens_per_step`, the tokens of one
-    optimiser step over all ranks; a callback that saves checkpoints comes later in the list, so that the step
+    attempts included). Precondition: the module has `tokens_at`, the run's tokens over all ranks after so
+    many optimiser steps; a callback that saves checkpoints comes later in the list, so that the step
     just done is in the state.
 
     Args:
@@ -25,7 +25,7 @@ class Throughput(pl.Callback):
         if window < 1:
             raise ValueError(f"callbacks.throughput.window must be at least 1, got {window}")
         self.tokens = 0
-        self._durations: deque[float] = deque(maxlen=window)
+        self._durations: deque[float] = deque(maxlen=window)  # seconds per token
         self._seconds_before = 0.0
         self._started: float | None = None
         self._last_time = 0.0
@@ -43,10 +43,8 @@ class Throughput(pl.Callback):
         Raises:
             ValueError: the module does not say how many tokens a step has.
         """
-        if not hasattr(pl_module, "tokens_per_step"):
-            raise ValueError(
-                "callbacks.throughput needs a module with `tokens_per_step`; remove it from callbacks"
-            )
+        if not hasattr(pl_module, "tokens_at"):
+            raise ValueError("callbacks.throughput needs a module with `tokens_at`; remove it from callbacks")
         self.tokens, self._seconds_before, self._started = 0, 0.0, None
         self._durations.clear()
 
@@ -62,11 +60,11 @@ class Throughput(pl.Callback):
         if trainer.global_step == self._last_step:
             return
         now = time.perf_counter()
-        steps = trainer.global_step - self._last_step
-        self.tokens += steps * pl_module.tokens_per_step
-        self._durations.append((now - self._last_time) / steps)
+        tokens = pl_module.tokens_at(trainer.global_step) - pl_module.tokens_at(self._last_step)
+        self.tokens += tokens
+        self._durations.append((now - self._last_time) / tokens)
         self._last_time, self._last_step = now, trainer.global_step
-        speed = pl_module.tokens_per_step / max(statistics.median(self._durations), 1e-9)
+        speed = 1 / max(statistics.median(self._durations), 1e-12)
         pl_module.log(
             "throughput/tokens_per_second", speed, on_step=True, on_epoch=False, rank_zero_only=True
         )

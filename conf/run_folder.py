@@ -163,6 +163,8 @@ def _comparable(config: DictConfig) -> dict[str, Any]:
 
 
 def _rows_per_batch(value: Any, count: int) -> Any:
+    if isinstance(value, list):
+        return [_rows_per_batch(inner, count) for inner in value]
     if not isinstance(value, dict):
         return value
     return {

@@ -1,7 +1,7 @@
 """The training loader: its position is one number, the global count of rows consumed."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,40 +11,54 @@ from torch.utils.data import DataLoader, Dataset
 from data.packing import Row, Rows
 
 
-class RowDataset(Dataset):
-    """Map-style view of endless rows, for the workers of a DataLoader."""
+class Segment(NamedTuple):
+    """Consecutive batches of one shape.
 
-    def __init__(self, rows: Rows):
+    Global batch i of it holds rows i*G .. (i+1)*G - 1 with G = rows_per_device * world_size.
+    """
+
+    rows: Rows
+    rows_per_device: int
+    batches: int
+
+
+class RowDataset(Dataset):
+    """Map-style view of the rows of all segments, for the workers of a DataLoader."""
+
+    def __init__(self, rows: Sequence[Rows]):
         self.rows = rows
 
-    def __getitem__(self, index: int) -> Row:
-        return self.rows.row(index)
+    def __getitem__(self, place: tuple[int, int]) -> Row:
+        """The row at (segment, index within it)."""
+        segment, index = place
+        return self.rows[segment].row(index)
 
 
 class _ConsecutiveBatches:
-    """Batch sampler: this rank's part of each global batch, from a given batch on."""
+    """Batch sampler: this rank's part of each global batch, from a given batch on, segment after segment."""
 
-    def __init__(self, rows_per_device: int, rank: int, world_size: int, batches: int):
-        self.rows_per_device, self.rank, self.world_size, self.batches = (
-            rows_per_device,
-            rank,
-            world_size,
-            batches,
-        )
+    def __init__(self, segments: Sequence[Segment], rank: int, world_size: int):
+        self.segments, self.rank, self.world_size = segments, rank, world_size
         self.first = 0
 
     def __len__(self) -> int:
-        return self.batches
+        return sum(segment.batches for segment in self.segments)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in range(self.first, self.batches):
-            start = (batch * self.world_size + self.rank) * self.rows_per_device
-            yield list(range(start, start + self.rows_per_device))
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        skipped = self.first
+        for number, segment in enumerate(self.segments):
+            size = segment.rows_per_device
+            for batch in range(min(skipped, segment.batches), segment.batches):
+                start = (batch * self.world_size + self.rank) * size
+                yield [(number, index) for index in range(start, start + size)]
+            skipped = max(0, skipped - segment.batches)
 
 
 def collate(rows: list[Row]) -> dict[str, Tensor]:
-    """Stacks rows into the batch contract: input_ids, labels [B,T] int64, document_ids [B,T] int32."""
-    return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in Row._fields}
+    """Stacks rows into the batch contract: input_ids, labels [B,T] int64, document_ids [B,T] int32; and what
+    else rows of their kind hold."""
+    names = rows[0]._fields
+    return {name: torch.from_numpy(np.stack([getattr(row, name) for row in rows])) for name in names}
 
 
 class StatefulLoader(DataLoader):
@@ -52,22 +66,19 @@ class StatefulLoader(DataLoader):
     ranks.
 
     Batches are counted when they are handed out, so that what workers have prefetched is not taken for
-    consumed.
+    consumed. Where rows change their length is a function of that count: nothing is rebuilt.
 
     Args:
-        rows: the rows; global batch i holds rows i*G .. (i+1)*G - 1 with G = rows_per_device * world_size.
-        rows_per_device: B.
-        batches: length of the loader, counted from the first row.
+        segments: what is served, one after the other.
         rank, world_size: which part of each global batch is this process's.
         workers: DataLoader worker processes.
     """
 
-    def __init__(
-        self, rows: Rows, *, rows_per_device: int, batches: int, rank: int, world_size: int, workers: int
-    ):
-        sampler = _ConsecutiveBatches(rows_per_device, rank, world_size, batches)
-        super().__init__(RowDataset(rows), batch_sampler=sampler, collate_fn=collate, num_workers=workers)
-        self._rows_per_batch = rows_per_device * world_size
+    def __init__(self, segments: Sequence[Segment], *, rank: int, world_size: int, workers: int):
+        sampler = _ConsecutiveBatches(segments, rank, world_size)
+        dataset = RowDataset([segment.rows for segment in segments])
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers)
+        self._shapes = [(segment.batches, segment.rows_per_device * world_size) for segment in segments]
         self._consumed = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -78,7 +89,11 @@ class StatefulLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """The number of rows consumed by all ranks together."""
-        return {"rows_consumed": self._consumed * self._rows_per_batch}
+        rows, left = 0, self._consumed
+        for batches, rows_per_batch in self._shapes:
+            rows += min(left, batches) * rows_per_batch
+            left -= min(left, batches)
+        return {"rows_consumed": rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues after the given number of rows.
@@ -86,11 +101,13 @@ class StatefulLoader(DataLoader):
         Raises:
             ValueError: where that number is no whole number of this run's global batches.
         """
-        self._consumed, rest = divmod(state["rows_consumed"], self._rows_per_batch)
-        if rest:
-            raise ValueError(
-                f"the checkpoint stopped after {state['rows_consumed']} rows, which is no multiple of this "
-                "run's "
-                f"{self._rows_per_batch} rows per batch; set data.rows_per_device so that devices x rows "
-                "divide it."
-            )
+        self._consumed, left = 0, state["rows_consumed"]
+        for batches, rows_per_batch in self._shapes:
+            taken = min(left // rows_per_batch, batches)
+            self._consumed, left = self._consumed + taken, left - taken * rows_per_batch
+            if left and taken < batches:
+                raise ValueError(
+                    f"the checkpoint stopped after {state['rows_consumed']} rows, which is no multiple of "
+                    f"this run's {rows_per_batch} rows per batch; set data.rows_per_device so that devices x "
+                    "rows divide it."
+                )

@@ -1,5 +1,6 @@
 """The Lightning module of every training stage: a student, a frozen teacher beside it, and an objective."""
 
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +12,9 @@ from models import ranks
 from models.evaluation import batch_metrics
 from models.stage import StageConfig, assert_float32, freeze_all_but
 from models.student import student_mixers
+from models.timeline import Phase, Timeline
+
+log = logging.getLogger(__name__)
 
 
 class ConversionModule(pl.LightningModule):
@@ -19,14 +23,16 @@ class ConversionModule(pl.LightningModule):
     Args:
         student: the model to train.
         teacher: the frozen guide, or None; kept out of the module tree, so that no checkpoint holds it.
+        reference: the student as the stage found it, frozen and kept likewise; None where the objective asks
+            the teacher, or nobody.
         stage: objective, budget and rates.
         tokenizer: for reading samples of text.
-        tokens_per_step: tokens of one optimiser step over all devices.
+        timeline: the stage's optimiser steps and the rows of each.
         tokens_before: tokens that earlier stages have used, for the x axis of plots.
 
     Emits: `<stage>/loss`, `<stage>/kl`, ... per logged step; `<stage>/layer_<i>/alignment`;
         `<stage>/learning_rate/<group>`;
-    `<stage>/validation_<metric>`.
+    `<stage>/validation_<metric>`; `<stage>/row_length` where a table of them begins with another one.
     """
 
     def __init__(
@@ -36,16 +42,17 @@ class ConversionModule(pl.LightningModule):
         stage: StageConfig,
         *,
         tokenizer: PreTrainedTokenizerBase,
-        tokens_per_step: int,
+        timeline: Timeline,
         tokens_before: int,
+        reference: PreTrainedModel | None = None,
     ):
         super().__init__()
         self.student = student
-        self._teacher = (teacher,)  # a tuple hides it from torch's module registration
+        self._teacher, self._reference = (teacher,), (reference,)  # tuples hide modules from torch
         self.stage, self.tokenizer = stage, tokenizer
         self.stage_name = stage.name
-        self.tokens_per_step, self.tokens_before = tokens_per_step, tokens_before
-        self.steps = stage.steps(tokens_per_step)
+        self.timeline, self.tokens_before = timeline, tokens_before
+        self._phase: Phase | None = None
         self._groups = parameter_groups(student)
         trained = [
             p for group, parameters in self._groups.items() if stage.learning_rate[group] for p in parameters
@@ -62,18 +69,48 @@ class ConversionModule(pl.LightningModule):
         """The frozen teacher."""
         return self._teacher[0]
 
+    @property
+    def guide(self) -> PreTrainedModel | None:
+        """Whom the objective asks beside the student: the reference where there is one, else the teacher."""
+        return self.teacher if self._reference[0] is None else self._reference[0]
+
     def configure_model(self) -> None:
         """Nothing: a model that is to be sharded has been, before the first stage. Lightning's strategy
         asks."""
 
     def on_fit_start(self) -> None:
-        """Moves the unregistered teacher beside the student."""
-        if self.teacher is not None:
-            self.teacher.to(self.device)
+        """Moves the unregistered models beside the student."""
+        for model in (self.teacher, self.guide):
+            if model is not None:
+                model.to(self.device)
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens of the run, over all devices, after `step` optimiser steps of this stage."""
+        return self.tokens_before + self.timeline.tokens_at(step)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_index: int) -> None:
+        """Says with which step rows of another length begin, where the stage has a table of them."""
+        step = self.trainer.global_step
+        phase = self.timeline.phase_at(step)
+        if not self.stage.row_lengths or phase is self._phase:
+            return
+        self._phase = phase
+        log.info(
+            "Stage %s: rows of %d tokens, %d per device, from step %d to %d (%d tokens each)",
+            self.stage_name,
+            phase.row_length,
+            phase.rows_per_device,
+            phase.first_step,
+            phase.first_step + phase.steps,
+            phase.tokens_per_step,
+        )
+        if step == phase.first_step:  # a run that goes on within the phase has logged it
+            for logger in self.loggers:
+                logger.log_metrics({f"{self.stage_name}/row_length": phase.row_length}, step=step - 1)
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """One batch {input_ids, labels, document_ids} [B,T] to the scalar loss."""
-        terms = self.stage.objective(self.student, self.teacher, batch)
+        terms = self.stage.objective(self.student, self.guide, batch)
         metrics = {f"{self.stage_name}/{name}": value for name, value in terms.parts.items()}
         metrics |= {f"{self.stage_name}/layer_{i}/alignment": value for i, value in terms.per_layer.items()}
         metrics[f"{self.stage_name}/total"] = terms.total.detach()
@@ -87,17 +124,21 @@ class ConversionModule(pl.LightningModule):
     def _rates(self) -> dict[str, float]:
         """The learning rates of the coming optimiser step."""
         trained = (group for group in self._groups if self.stage.learning_rate[group])
-        return {group: self.stage.rate_at(group, self.trainer.global_step, self.steps) for group in trained}
+        step = self.trainer.global_step
+        return {group: self.stage.rate_at(group, step, self.timeline) for group in trained}
 
     def validation_step(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Held-out loss, and with a teacher its KL and agreement."""
-        metrics = batch_metrics(self.student, self.teacher, batch).means()
+        """Held-out loss, and with a teacher its KL and agreement; of a stage with a reference, its parts."""
+        if self._reference[0] is None:
+            metrics = batch_metrics(self.student, self.teacher, batch).means()
+        else:
+            metrics = self.stage.objective(self.student, self.guide, batch).parts
         self.log_dict({f"{self.stage_name}/validation_{name}": value for name, value in metrics.items()})
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The stage's optimiser with one learning rate per group, and its schedule, stepped with the
         optimiser."""
-        optimizer, schedule = self.stage.build_optimizer(self._groups, self.steps)
+        optimizer, schedule = self.stage.build_optimizer(self._groups, self.timeline)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     @torch.no_grad()

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from models.timeline import RowLength, Timeline, lay_out, read_table
+
 GROUPS = ("mixers", "rest")
 NOT_DECAYED_DIMENSIONS = 1  # vectors (norms, biases, decays) are never weight-decayed
 
@@ -49,6 +51,8 @@ class StageConfig:
         log_every_steps: how often metrics are logged.
         validate_every_steps: optimiser steps between two looks at held-out rows; 0 means never.
         data: overrides of `data` for this stage (row_length, rows_per_device, ...).
+        row_lengths: entries {from_tokens, row_length, rows_per_device}: the rows from so many tokens of the
+            stage on; none means data.row_length throughout.
 
     Raises:
         ValueError: for a value out of range, naming its key.
@@ -67,6 +71,7 @@ class StageConfig:
     log_every_steps: int
     validate_every_steps: int
     data: dict[str, Any] = field(default_factory=dict)
+    row_lengths: list[dict[str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         key = f"stage.{self.name}"
@@ -97,41 +102,55 @@ class StageConfig:
         for name, least in least_values.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must be at least {least}.")
+        self._check_row_lengths(key)
 
-    def steps(self, tokens_per_step: int) -> int:
-        """Optimiser steps that fit into the budget.
+    def _check_row_lengths(self, key: str) -> None:
+        given = [name for name in ("row_length", "rows_per_device") if name in (self.data or {})]
+        if read_table(self.row_lengths, self.tokens, f"{key}.row_lengths") and given:
+            raise ValueError(
+                f"{key}.data.{given[0]}={self.data[given[0]]} contradicts {key}.row_lengths, which says the "
+                f"rows of every step; leave it out, or set {key}.row_lengths=[]."
+            )
+
+    def timeline(self, *, row_length: int, rows_per_device: int, devices: int) -> Timeline:
+        """The optimiser steps that fit into the budget, and the rows of each.
+
+        Args:
+            row_length: T of every step, unless the stage has `row_lengths`.
+            rows_per_device: B, likewise.
+            devices: processes that train together.
 
         Raises:
-            ValueError: where not even one does.
+            ValueError: where not even one step fits, or a row length gets none.
         """
-        steps = int(self.tokens // tokens_per_step)
-        if steps < 1:
-            raise ValueError(
-                f"stage.{self.name}.tokens={self.tokens:g} is less than one optimiser step of "
-                f"{tokens_per_step} tokens."
-            )
-        return steps
+        key = f"stage.{self.name}"
+        table = read_table(self.row_lengths, self.tokens, f"{key}.row_lengths")
+        table = table or [RowLength(from_tokens=0, row_length=row_length, rows_per_device=rows_per_device)]
+        return lay_out(table, self.tokens, self.accumulate * devices, key)
 
-    def rate_at(self, group: str, step: int, steps: int) -> float:
-        """Learning rate of a group at optimiser step `step` of `steps`; the last step has the final rate
-        exactly."""
+    def rate_at(self, group: str, step: int, timeline: Timeline) -> float:
+        """Learning rate of a group at an optimiser step; the last step has the final rate exactly.
+
+        The schedule runs over tokens, because steps need not have equally many.
+        """
         peak, final = self.learning_rate[group], self.final_learning_rate[group]
-        if step >= steps - 1:  # also where the warm-up is longer than the stage
+        last = timeline.steps - 1
+        if step >= last:  # also where the warm-up is longer than the stage
             return final
         if step < self.warmup_steps:
             return peak * (step + 1) / (self.warmup_steps + 1)
-        span = steps - 1 - self.warmup_steps
-        progress = (step - self.warmup_steps) / span
+        begun = timeline.tokens_at(self.warmup_steps)
+        progress = (timeline.tokens_at(step) - begun) / (timeline.tokens_at(last) - begun)
         return final + (peak - final) * SCHEDULES[self.schedule](progress)
 
     def build_optimizer(
-        self, groups: dict[str, list[nn.Parameter]], steps: int
+        self, groups: dict[str, list[nn.Parameter]], timeline: Timeline
     ) -> tuple[Optimizer, LambdaLR]:
         """The optimiser over `groups` (matrices and vectors apart, for weight decay) and its schedule.
 
         Args:
             groups: the parameters of each learning-rate group.
-            steps: optimiser steps of the stage.
+            timeline: the steps of the stage.
         """
         entries, names = [], []
         for group, parameters in groups.items():
@@ -144,13 +163,13 @@ class StageConfig:
                     entries.append({"params": chosen, "lr": self.learning_rate[group], **options})
                     names.append(group)
         optimizer = self.optimizer(entries)
-        factors = [_factor(self, group, steps) for group in names]
+        factors = [_factor(self, group, timeline) for group in names]
         return optimizer, LambdaLR(optimizer, factors)
 
 
-def _factor(stage: StageConfig, group: str, steps: int) -> Callable[[int], float]:
+def _factor(stage: StageConfig, group: str, timeline: Timeline) -> Callable[[int], float]:
     peak = stage.learning_rate[group]
-    return lambda step: stage.rate_at(group, step, steps) / peak
+    return lambda step: stage.rate_at(group, step, timeline) / peak
 
 
 def freeze_all_but(module: nn.Module, parameters: list[nn.Parameter]) -> None:

@@ -64,7 +64,7 @@ def test_a_resumed_metrics_csv_equals_the_uninterrupted_one(tmp_path):
 def test_truncation_is_exact(tmp_path):
     logger = MetricsCsv(run_folder=tmp_path)
     for stage in ("align", "distill", "extend"):
-        logger.begin_stage(stage, 0, 10)
+        logger.begin_stage(stage, lambda step: 10 * step)
         for step in range(4):
             logger.record({"loss": step + 1 / 3}, step=step)
     logger.save()
@@ -82,7 +82,7 @@ def test_metrics_csv_flushes_by_itself_and_keeps_every_digit(tmp_path):
     logger = MetricsCsv(run_folder=tmp_path, flush_every=3)
     with pytest.raises(ValueError, match="begin_stage"):
         logger.log_metrics({"loss": 1.0}, step=0)
-    logger.begin_stage("align", 0, 1)
+    logger.begin_stage("align", lambda step: step)
     logger.log_metrics({"a": 0.1 + 0.2, "epoch": 0}, step=0)
     assert not logger.path.exists()
     logger.log_metrics({"a": float("inf"), "b": torch.tensor(2.5)}, step=1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from data_inputs import store_of
 
-from data.loader import StatefulLoader
+from data.loader import Segment, StatefulLoader
 from data.packing import PackedRows, Row
 
 BATCHES = 8
@@ -19,14 +19,8 @@ class Numbered:
 
 
 def loader(rank=0, world_size=1, rows_per_device=2, workers=0, batches=BATCHES, rows=None):
-    return StatefulLoader(
-        rows or Numbered(),
-        rows_per_device=rows_per_device,
-        batches=batches,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-    )
+    segment = Segment(rows or Numbered(), rows_per_device, batches)
+    return StatefulLoader([segment], rank=rank, world_size=world_size, workers=workers)
 
 
 def indices(batches):

@@ -12,6 +12,7 @@ from models.distill_module import ConversionModule, parameter_groups
 from models.objectives import Align, Distill
 from models.stage import SCHEDULES, StageConfig, assert_float32, freeze_all_but
 from models.student import student_mixers
+from models.timeline import Phase, Timeline
 
 PEAK, FINAL = {"mixers": 3e-3, "rest": 1e-3}, {"mixers": 7e-5, "rest": 1.3e-4}
 
@@ -35,6 +36,12 @@ def stage(**changes) -> StageConfig:
     return StageConfig(**{**settings, **changes})
 
 
+def even(steps: int) -> Timeline:
+    """So many steps of 100 tokens."""
+    shape = {"tokens_per_step": 100, "row_length": 100, "rows_per_device": 1}
+    return Timeline((Phase(first_step=0, steps=steps, first_token=0, **shape),))
+
+
 def groups() -> dict[str, list[nn.Parameter]]:
     return {
         "mixers": [nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))],
@@ -45,7 +52,7 @@ def groups() -> dict[str, list[nn.Parameter]]:
 def rates_used(config: StageConfig, steps: int, beyond: int = 0) -> dict[str, list[float]]:
     """The optimiser's learning rate at each step; `mixers` and `rest` are its 1st and 3rd entry."""
     parameters = groups()
-    optimizer, schedule = config.build_optimizer(parameters, steps)
+    optimizer, schedule = config.build_optimizer(parameters, even(steps))
     seen: dict[str, list[float]] = {"mixers": [], "rest": []}
     for _ in range(steps + beyond):
         for name, index in (("mixers", 0), ("rest", 2)):
@@ -65,7 +72,7 @@ def rates_used(config: StageConfig, steps: int, beyond: int = 0) -> dict[str, li
 def test_the_last_step_has_the_final_rate_and_none_exceeds_the_peak(schedule, warmup, steps):
     config = stage(schedule=schedule, warmup_steps=warmup)
     for name, rates in rates_used(config, steps, beyond=3).items():
-        assert config.rate_at(name, steps - 1, steps) == FINAL[name]  # exactly
+        assert config.rate_at(name, steps - 1, even(steps)) == FINAL[name]  # exactly
         assert rates[steps - 1 :] == pytest.approx([FINAL[name]] * 4, rel=1e-12)
         rising, falling = rates[:warmup], rates[warmup:steps]
         assert rising[: steps - 1] == pytest.approx(
@@ -78,14 +85,11 @@ def test_the_last_step_has_the_final_rate_and_none_exceeds_the_peak(schedule, wa
 
 
 def test_the_middle_of_each_schedule():
-    assert stage(schedule="linear", warmup_steps=0).rate_at("mixers", 5, 11) == pytest.approx(
-        (3e-3 + 7e-5) / 2
-    )
-    assert stage(schedule="cosine", warmup_steps=0).rate_at("mixers", 5, 11) == pytest.approx(
-        (3e-3 + 7e-5) / 2
-    )
+    for schedule in ("linear", "cosine"):
+        found = stage(schedule=schedule, warmup_steps=0).rate_at("mixers", 5, even(11))
+        assert found == pytest.approx((3e-3 + 7e-5) / 2)
     quarter = 7e-5 + (3e-3 - 7e-5) * (0.5 + 0.5 * 0.5**0.5)
-    assert stage(schedule="cosine", warmup_steps=0).rate_at("mixers", 2, 9) == pytest.approx(quarter)
+    assert stage(schedule="cosine", warmup_steps=0).rate_at("mixers", 2, even(9)) == pytest.approx(quarter)
 
 
 def test_a_constant_schedule_is_flat_after_the_warm_up():
@@ -105,7 +109,7 @@ def test_a_stage_shorter_than_its_warm_up_still_ends_at_the_final_rate(steps, wa
 
 def test_matrices_decay_and_vectors_do_not():
     parameters = groups()
-    optimizer, _ = stage().build_optimizer(parameters, 10)
+    optimizer, _ = stage().build_optimizer(parameters, even(10))
     by_id = {id(p): entry for entry in optimizer.param_groups for p in entry["params"]}
     assert len(by_id) == 4
     for name, (matrix, vector) in parameters.items():
@@ -115,7 +119,9 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_a_group_with_rate_zero_is_left_out():
     parameters = groups()
-    optimizer, schedule = stage(learning_rate={"mixers": 1e-3, "rest": 0.0}).build_optimizer(parameters, 10)
+    optimizer, schedule = stage(learning_rate={"mixers": 1e-3, "rest": 0.0}).build_optimizer(
+        parameters, even(10)
+    )
     held = {id(p) for entry in optimizer.param_groups for p in entry["params"]}
     assert held == {id(p) for p in parameters["mixers"]}
     assert len(schedule.lr_lambdas) == len(optimizer.param_groups) == 2
@@ -143,7 +149,7 @@ def test_the_module_trains_exactly_its_groups(trained):
 def lightning_module(
     student: PreTrainedModel, teacher: PreTrainedModel | None, config: StageConfig
 ) -> ConversionModule:
-    return ConversionModule(student, teacher, config, tokenizer=None, tokens_per_step=100, tokens_before=0)
+    return ConversionModule(student, teacher, config, tokenizer=None, timeline=even(10), tokens_before=0)
 
 
 def test_two_groups_hold_every_parameter_once():
@@ -182,12 +188,13 @@ def test_freezing_by_hand():
     "tokens, per_step, wanted", [(1000, 100, 10), (1099, 100, 10), (4e5, 2048, 195), (100, 100, 1)]
 )
 def test_steps_are_what_fits_into_the_budget(tokens, per_step, wanted):
-    assert stage(tokens=tokens).steps(per_step) == wanted
+    timeline = stage(tokens=tokens).timeline(row_length=per_step, rows_per_device=1, devices=1)
+    assert (timeline.steps, timeline.tokens) == (wanted, wanted * per_step)
 
 
 def test_a_budget_below_one_step_is_refused():
     with pytest.raises(ValueError, match="stage.distill.tokens=1000 is less than one optimiser step of 1001"):
-        stage().steps(1001)
+        stage().timeline(row_length=1001, rows_per_device=1, devices=1)
 
 
 @pytest.mark.parametrize(
