@@ -8,7 +8,7 @@ however deep the model is.
 Shape letters: B rows, T tokens, D hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,20 @@ from models.backbone import backbone_inputs, has_documents
 from models.deferred import differentiate, hand_over
 from models.losses import mean_count
 from models.student import student_mixers
+from models.token_weights import token_weights
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
+Visit = Callable[[int, dict[str, Any], tuple[Tensor, ...]], None]
 
 
 def aligned_layers(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor], token_loss: TokenLoss
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batch: dict[str, Tensor],
+    token_loss: TokenLoss,
+    *,
+    repeat_weight: float = 1.0,
+    layer_weights: Sequence[float] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """The alignment loss of every replaced layer, and their mean with the gradients of all mixers attached.
 
@@ -34,9 +42,12 @@ def aligned_layers(
         teacher: the frozen stack whose hidden states every mixer reads.
         batch: input_ids and document_ids [B,T].
         token_loss: (output, target), each [n,D], to a loss per token [n].
+        repeat_weight: of tokens at which a document repeats itself (models/token_weights.py).
+        layer_weights: one number per decoder layer; None weighs all alike.
 
     Returns:
-        Detached loss per layer index, and their mean as a differentiable scalar.
+        Detached loss per layer index, in which all tokens count alike, and the weighted mean as a
+        differentiable scalar.
 
     Raises:
         ValueError: where the student has no mixer to align.
@@ -51,27 +62,53 @@ def aligned_layers(
     ]
     gradients = dict.fromkeys(parameters)
     losses: dict[int, Tensor] = {}
+    weighted: dict[int, Tensor] = {}
+    given_weights = {index: 1.0 if layer_weights is None else layer_weights[index] for index in mixers}
+    mean_weight = sum(given_weights.values()) / len(mixers)
     document_ids = batch["document_ids"]
     real = document_ids >= 0 if has_documents(document_ids) else None
     tokens = mean_count(document_ids.numel() if real is None else int(real.sum()), document_ids.device)
+    every = torch.ones_like(document_ids, dtype=torch.bool)
+    weights = token_weights(batch, every if real is None else real, repeat_weight)
     differentiable = torch.is_grad_enabled() and bool(parameters)
 
-    def align_layer(index: int, mixer: nn.Module, kwargs: dict[str, Any], target: Tensor) -> None:
+    def align_layer(index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
+        mixer, target = mixers[index], given[0]
         with torch.set_grad_enabled(differentiable):
             output, _ = mixer(**kwargs)
             chosen = slice(None) if real is None else real
             per_token = token_loss(output[chosen].flatten(0, -2), target[chosen].flatten(0, -2))
-            loss = per_token.sum() / tokens
+            loss = (per_token if weights is None else per_token * weights).sum() / tokens
+            loss = loss * (given_weights[index] / mean_weight)
             share = loss / len(mixers)
-        losses[index] = loss.detach()
+        losses[index], weighted[index] = per_token.detach().sum() / tokens, loss.detach()
         if loss.requires_grad:  # a mixer may be frozen as a whole
             own = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
             gradients.update(zip(own, differentiate(share, own), strict=True))
 
+    beside_attention(list(mixers), teacher, batch, align_layer)
+    total = torch.stack(list(weighted.values())).mean()
+    if not differentiable:
+        return losses, total
+    return losses, hand_over(total, parameters, [gradients[parameter] for parameter in parameters])
+
+
+def beside_attention(
+    layers: Sequence[int], teacher: PreTrainedModel, batch: dict[str, Tensor], visit: Visit
+) -> None:
+    """Runs the teacher's backbone and visits layers right after their attention, without gradients.
+
+    Args:
+        layers: indices.
+        teacher: the frozen stack.
+        batch: input_ids and document_ids [B,T].
+        visit: called with a layer's index, the arguments that its attention was called with, and what it
+            returned.
+    """
+    document_ids = batch["document_ids"]
+    attention = attention_modules(teacher)
     handles = [
-        module.register_forward_hook(_observer(index, mixers[index], align_layer), with_kwargs=True)
-        for index, module in attention_modules(teacher).items()
-        if index in mixers
+        attention[index].register_forward_hook(_observer(index, visit), with_kwargs=True) for index in layers
     ]
     try:
         with torch.no_grad():
@@ -81,16 +118,12 @@ def aligned_layers(
     finally:
         for handle in handles:
             handle.remove()
-    total = torch.stack(list(losses.values())).mean()
-    if not differentiable:
-        return losses, total
-    return losses, hand_over(total, parameters, [gradients[parameter] for parameter in parameters])
 
 
-def _observer(index: int, mixer: nn.Module, align_layer: Callable) -> Callable:
-    """A forward hook that gives the attention module's own arguments and output to `align_layer`."""
+def _observer(index: int, visit: Visit) -> Callable:
+    """A forward hook that gives the attention module's own arguments and output to `visit`."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
-        align_layer(index, mixer, kwargs, output[0])
+        visit(index, kwargs, output)
 
     return hook

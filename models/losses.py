@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models import ranks
 from models.deferred import GradientSum, differentiate, hand_over
+from models.divergences import forward_kl_of, shared_logs
 
 IGNORED = -100
 
@@ -19,15 +20,13 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     """KL(teacher || student) per token, in nats, times temperature² (Hinton et al., arXiv 1503.02531).
 
     Args:
-        student_logits, teacher_logits: [n,V]; computed in float32 or better.
+        student_logits, teacher_logits: [n,V]; computed in float32 or better, over the ids that both have.
         temperature: divides both logits.
 
     Returns:
         [n].
     """
-    student = F.log_softmax(student_logits.to(_wide(student_logits)) / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.to(_wide(teacher_logits)) / temperature, dim=-1)
-    return (teacher.exp() * (teacher - student)).sum(-1) * temperature**2
+    return forward_kl_of(*shared_logs(student_logits, teacher_logits, temperature)) * temperature**2
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

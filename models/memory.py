@@ -5,7 +5,7 @@ strategy=fsdp each device holds its share of all of these, and whole copies only
 
 Activations and logits were counted on this code (tests/test_cost.py counts them again): a layer with a mixer
 keeps about 96 D bytes per token for its backward pass, one with attention 32 D, its feed-forward layer 8 (16
-in float32) per unit of its width; a logit costs 26 bytes under the KL, 10 under cross-entropy. With
+in float32) per unit of its width; a logit costs 22 bytes under the KL, 10 under cross-entropy. With
 recomputation a layer keeps its input only, and one layer at a time has the rest. Rows of several documents
 need a mask of T² bytes, which attention turns into T² numbers.
 """
@@ -19,7 +19,7 @@ from models.outline import Outline
 
 MIXER_BYTES, ATTENTION_BYTES = 96, 32  # per token and unit of D, or of heads x N where that is wider
 FEED_FORWARD_BYTES = {"bf16-mixed": 8, "32-true": 16}  # per token and unit of the inner width
-LOGIT_BYTES = {"distill": 26, "cross_entropy": 10}
+LOGIT_BYTES = {"distill": 22, "cross_entropy": 10}
 RESIDUAL_BYTES = 4  # the stream between layers is float32 in both precisions
 BACKWARD = 1.5  # of a layer in its backward pass: what it has kept, and gradients in flight
 MASK_BYTES = 4  # per row and T²: the mask, what it is made of, and the numbers that attention makes of it
@@ -173,12 +173,20 @@ SWITCHES: tuple[Switch, ...] = (
 )
 
 
-def overrides(name: str, before: tuple[Work, Setting], after: tuple[Work, Setting]) -> list[str]:
-    """The command-line overrides of stage `name` that lead from one setting to another."""
+def overrides(
+    name: str, before: tuple[Work, Setting], after: tuple[Work, Setting], rows_at: str = "data"
+) -> list[str]:
+    """The command-line overrides of stage `name` that lead from one setting to another.
+
+    Args:
+        name: of the stage.
+        before, after: the settings.
+        rows_at: where the stage's config holds rows_per_device.
+    """
     (old_work, old), (new_work, new) = before, after
     said = {
         "trainer.recompute_blocks=true": new_work.recompute != old_work.recompute,
-        f"stage.{name}.data.rows_per_device={new.rows}": new.rows != old.rows,
+        f"stage.{name}.{rows_at}.rows_per_device={new.rows}": new.rows != old.rows,
         f"stage.{name}.accumulate={new.accumulate}": new.accumulate != old.accumulate,
         f"stage.{name}.objective.chunk_tokens={new.chunk_tokens}": new.chunk_tokens != old.chunk_tokens,
         f"stage.{name}.data.cross_documents=true": new.masked != old.masked,

@@ -1,18 +1,29 @@
 """What a stage minimises. An objective maps (student, teacher, batch) to `LossTerms`.
 
+Tokens count by the `weights` [B,T] of a batch, where it brings some (models/token_weights.py).
+
 Shape letters: B rows, T tokens, n tokens with a label, D hidden width, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.align import aligned_layers
-from models.backbone import hidden_states
-from models.losses import ALIGNMENT_LOSSES, IGNORED, chunked_mean, cross_entropy, forward_kl, mean_count
+from models.backbone import hidden_states, output_head
+from models.divergences import DIVERGENCES, bucketed_logs, shared_logs
+from models.layer_plan import ATTENTION
+from models.losses import ALIGNMENT_LOSSES, IGNORED, chunked_mean, cross_entropy, mean_count
 from models.parallelize import kept_whole
+from models.token_weights import check_repeat_weight, token_weights
+
+# (logits of a chunk, its slice of tokens) -> log-probabilities of student and teacher; heads that it needs.
+Targets = tuple[Callable[[Tensor, slice], tuple[Tensor, Tensor]], list[nn.Module]]
+CACHED = ("teacher_ids", "teacher_logs", "teacher_tail")  # what a batch brings in the teacher's place
+PART_NAMES = {"forward_kl": "kl"}
 
 
 @dataclass
@@ -45,35 +56,63 @@ class CrossEntropy:
         """Parts: `loss`, nats per token."""
         chosen = batch["labels"] != IGNORED
         hidden = hidden_states(student, batch["input_ids"], batch["document_ids"])[chosen]
-        labels = batch["labels"][chosen]
-        head = student.get_output_embeddings()
-        parameters = list(head.parameters())
+        labels, weights = batch["labels"][chosen], token_weights(batch, chosen, 1.0)
+        head = output_head(student)
+        parameters, summed = list(head.parameters()), torch.zeros((), device=labels.device)
 
         def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            return cross_entropy(logits, labels[chunk])
+            entropy = cross_entropy(logits, labels[chunk])
+            summed.add_(entropy.detach().sum())
+            return entropy if weights is None else entropy * weights[chunk]
 
         with kept_whole(head):
-            loss = chunked_mean(hidden, head, parameters, token_loss, self.chunk_tokens)
-        return LossTerms(loss, {"loss": loss.detach()})
+            total = chunked_mean(hidden, head, parameters, token_loss, self.chunk_tokens)
+        return LossTerms(total, {"loss": summed / mean_count(len(labels), labels.device)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill:
-    """KL(teacher || student) on the next-token distributions, optionally mixed with cross-entropy.
+    """A divergence of the student's next-token distributions from the teacher's, optionally mixed with
+    cross-entropy.
+
+    Ids that only one of the two heads has are padding and take no part (models/divergences.py).
 
     Args:
+        divergence: `forward_kl`, `reverse_kl` or `js` (generalised Jensen-Shannon).
+        js_weight: of the teacher in the mixture of `js`, in (0, 1); 0.5 is symmetric.
         temperature: softens both distributions; the loss is scaled by its square.
         cross_entropy_weight: share of cross-entropy in the total, in [0, 1].
+        repeat_weight: how much tokens count at which a document repeats itself, against 1 for the others; the
+            weights are scaled to mean 1.
+        teacher_cache: folder of the stage cache_teacher, whose top-k probabilities take the teacher's place;
+            None runs the teacher.
         chunk_tokens: tokens whose logits exist at one time.
     """
 
     needs_teacher = True
+    divergence: str = "forward_kl"
+    js_weight: float = 0.5
     temperature: float = 1.0
     cross_entropy_weight: float = 0.0
+    repeat_weight: float = 1.0
+    teacher_cache: str | None = None
     chunk_tokens: int = 1024
 
     def __post_init__(self) -> None:
         _check_chunk(self.chunk_tokens)
+        check_repeat_weight(self.repeat_weight)
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(
+                f"objective.divergence={self.divergence!r} is unknown; choose one of "
+                f"{', '.join(DIVERGENCES)}."
+            )
+        if not 0 < self.js_weight < 1:
+            raise ValueError(
+                f"objective.js_weight={self.js_weight} must lie between 0 and 1; at the ends choose "
+                "objective.divergence=forward_kl or reverse_kl."
+            )
+        if self.divergence != "js" and self.js_weight != 0.5:
+            raise ValueError(f"objective.js_weight={self.js_weight} needs objective.divergence=js.")
         if self.temperature <= 0:
             raise ValueError(f"objective.temperature={self.temperature} must be positive.")
         if not 0 <= self.cross_entropy_weight <= 1:
@@ -84,29 +123,65 @@ class Distill:
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]
     ) -> LossTerms:
-        """Parts: `kl` and `loss` (cross-entropy), nats per token."""
+        """Parts, in nats per token, each token counting alike: the divergence (`kl` for the forward one) and
+        `loss` (cross-entropy)."""
         chosen = batch["labels"] != IGNORED
-        labels = batch["labels"][chosen]
-        with torch.no_grad():
-            target = hidden_states(teacher, batch["input_ids"], batch["document_ids"])[chosen]
+        labels, weights = batch["labels"][chosen], token_weights(batch, chosen, self.repeat_weight)
+        ask = self._cached if self.teacher_cache else self._asked
+        pair, heads = ask(teacher, batch, chosen)
         hidden = hidden_states(student, batch["input_ids"], batch["document_ids"])[chosen]
-        teacher_head, head = teacher.get_output_embeddings(), student.get_output_embeddings()
-        sums = {"kl": hidden.new_zeros(()), "loss": hidden.new_zeros(())}
+        head, part = output_head(student), PART_NAMES.get(self.divergence, self.divergence)
+        options = {"weight": self.js_weight} if self.divergence == "js" else {}
+        sums = {name: torch.zeros((), device=labels.device) for name in (part, "loss")}
 
         def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            with torch.no_grad():
-                teacher_logits = teacher_head(target[chunk])
-            kl = forward_kl(logits, teacher_logits, self.temperature)
+            distance = DIVERGENCES[self.divergence](*pair(logits, chunk), **options) * self.temperature**2
             entropy = cross_entropy(logits, labels[chunk])
-            sums["kl"] += kl.detach().sum()
+            sums[part] += distance.detach().sum()
             sums["loss"] += entropy.detach().sum()
-            return (1 - self.cross_entropy_weight) * kl + self.cross_entropy_weight * entropy
+            mixed = (1 - self.cross_entropy_weight) * distance + self.cross_entropy_weight * entropy
+            return mixed if weights is None else mixed * weights[chunk]
 
         parameters = list(head.parameters())
-        with kept_whole(head, teacher_head):
+        with kept_whole(head, *heads):
             total = chunked_mean(hidden, head, parameters, token_loss, self.chunk_tokens)
         count = mean_count(len(labels), labels.device)
         return LossTerms(total, {name: value / count for name, value in sums.items()})
+
+    def _asked(self, teacher: PreTrainedModel, batch: dict[str, Tensor], chosen: Tensor) -> Targets:
+        """The teacher's distributions from the teacher itself."""
+        head = output_head(teacher)
+        with torch.no_grad():
+            target = hidden_states(teacher, batch["input_ids"], batch["document_ids"])[chosen]
+
+        def pair(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                teacher_logits = head(target[chunk])
+            return shared_logs(logits, teacher_logits, self.temperature)
+
+        return pair, [head]
+
+    def _cached(self, teacher: PreTrainedModel, batch: dict[str, Tensor], chosen: Tensor) -> Targets:
+        """The teacher's distributions as the batch brings them; the teacher only says how many ids it has."""
+        if any(name not in batch for name in CACHED):
+            raise ValueError(
+                "objective.teacher_cache: this batch brings no cached targets; set it to null, or give the "
+                "data module the cache."
+            )
+        ids, logs, tail = (batch[name][chosen] for name in CACHED)
+        vocabulary = teacher.config.get_text_config().vocab_size
+
+        def pair(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+            if logits.shape[-1] < vocabulary:
+                raise ValueError(
+                    f"objective.teacher_cache: its teacher has logits for {vocabulary} ids, the student for "
+                    f"{logits.shape[-1]}; set it to null for this student."
+                )
+            return bucketed_logs(
+                logits[:, :vocabulary], ids[chunk], logs[chunk], tail[chunk], self.temperature
+            )
+
+        return pair, []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,23 +190,65 @@ class Align:
 
     Args:
         loss: `l2`, `mse` or `relative` (models/losses.py).
+        layer_weights: how much each decoder layer counts in the total, one number per layer of the teacher
+            (those of kept layers are not read); they are scaled to mean 1. None weighs all alike.
+        repeat_weight: as in `Distill`.
     """
 
     needs_teacher = True
     loss: str = "l2"
+    layer_weights: Sequence[float] | None = None
+    repeat_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check_repeat_weight(self.repeat_weight)
         if self.loss not in ALIGNMENT_LOSSES:
             raise ValueError(
                 f"objective.loss={self.loss!r} is unknown; choose one of {', '.join(ALIGNMENT_LOSSES)}."
+            )
+        given = self.layer_weights
+        if given is not None and (any(weight < 0 for weight in given) or not any(given)):
+            raise ValueError(
+                f"objective.layer_weights={list(given)} must not be negative, nor 0 for every layer."
+            )
+
+    def check_layers(self, plan: Sequence[str], key: str) -> None:
+        """Holds `layer_weights` against a student's layers.
+
+        Args:
+            plan: name of each decoder layer's mixer.
+            key: of the objective in the config.
+
+        Raises:
+            ValueError: where their number differs, or no layer that is aligned has a weight.
+        """
+        if self.layer_weights is None:
+            return
+        if len(self.layer_weights) != len(plan):
+            raise ValueError(
+                f"{key}.layer_weights has {len(self.layer_weights)} entries, the teacher has {len(plan)} "
+                "layers; give one number per layer, or null."
+            )
+        aligned = [w for w, mixer in zip(self.layer_weights, plan, strict=True) if mixer != ATTENTION]
+        if aligned and not any(aligned):
+            raise ValueError(
+                f"{key}.layer_weights is 0 for every layer that is replaced; nothing would train."
             )
 
     def __call__(
         self, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]
     ) -> LossTerms:
-        """Per layer: the alignment loss, averaged over the tokens of documents; the total is their mean."""
-        losses, total = aligned_layers(student, teacher, batch, ALIGNMENT_LOSSES[self.loss])
-        return LossTerms(total, {"alignment": total.detach()}, losses)
+        """Per layer and as the part `alignment`: the loss, all tokens and layers counting alike; padding does
+        not count. The total is weighted."""
+        losses, total = aligned_layers(
+            student,
+            teacher,
+            batch,
+            ALIGNMENT_LOSSES[self.loss],
+            repeat_weight=self.repeat_weight,
+            layer_weights=self.layer_weights,
+        )
+        return LossTerms(total, {"alignment": torch.stack(list(losses.values())).mean()}, losses)
 
 
 def _check_chunk(tokens: int) -> None:
