@@ -1,21 +1,33 @@
 """The data module: sources become token stores, stores become rows, rows become batches."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from data.documents import DocumentSource
-from data.loader import StatefulLoader, collate
-from data.packing import FirstRows, MixedRows, PackedRows, RepeatedPassages, Rows
+from data.loader import Segment, StatefulLoader, collate
+from data.packing import FirstRows, MixedRows, PackedRows, RepeatedPassages, Rows, passage_range
+from data.teacher_cache import TaughtRows, TeacherCache
 from data.token_store import TokenDocuments, prepare_token_store
+from data.whole_rows import OneByOne
 
 DIVIDING_FIELDS = ("split", "validation_share", "name")
 VALIDATION_SEED = 0  # validation rows never depend on the run's seed
+
+
+class BatchShape(NamedTuple):
+    """So many consecutive batches of `rows_per_device` rows of `row_length` tokens."""
+
+    batches: int
+    row_length: int
+    rows_per_device: int
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -87,12 +99,19 @@ class TextDataModule(pl.LightningDataModule):
         self._stores: dict[DocumentSource, TokenDocuments] = {}
         self.store_options = {"max_bad_share": max_bad_share, "max_document_bytes": max_document_bytes}
         self.max_tokens, self.cross_documents = max_tokens, cross_documents
+        self._shapes: tuple[BatchShape, ...] = ()
+        self._teacher_cache: TeacherCache | None = None
         self._check()
 
     def prepare_data(self) -> None:
         """Tokenises what no cache holds yet."""
         for source in [*self.sources.values(), *self.validation_sources.values()]:
             self.store(source)
+
+    @property
+    def rows_together(self) -> int:
+        """Neighbouring rows that are of use only together: 2 for pairs."""
+        return max(getattr(source, "rows_together", 1) for source in self.sources.values())
 
     def store(self, source: DocumentSource) -> TokenDocuments:
         """The tokens of a source, opened once: its own where it holds tokens, else from the cache."""
@@ -106,31 +125,68 @@ class TextDataModule(pl.LightningDataModule):
                 )
         return self._stores[source]
 
-    def train_rows(self) -> Rows:
-        """The endless mixture of training rows."""
+    def train_on(self, shapes: Sequence[BatchShape]) -> None:
+        """Says what the training batches are, in order; unless it is called, all have `row_length` and
+        `rows_per_device`."""
+        self._shapes = tuple(shapes)
+
+    def teach_from(self, folder: str) -> None:
+        """Makes training batches bring what a teacher cache holds on their rows (`TaughtRow`)."""
+        self._teacher_cache = TeacherCache(folder)
+
+    def row_inputs(self) -> dict[str, Any]:
+        """What decides the training rows, as plain data: equal descriptions mean equal rows."""
+        return {
+            "sources": {name: source.fingerprint() for name, source in self.sources.items()},
+            "weights": {name: self.weights.get(name, 1.0) for name in self.sources},
+            "row_length": self.row_length,
+            "seed": self.seed,
+            "repeated_share": self.repeated_share,
+            "max_tokens": self.max_tokens,
+            "cross_documents": self.cross_documents,
+            **self.store_options,
+        }
+
+    def train_rows(self, row_length: int | None = None) -> Rows:
+        """The endless mixture of training rows.
+
+        Args:
+            row_length: T; None means the config's.
+        """
+        row_length = row_length or self.row_length
         parts, weights = [], []
         for name, source in self.sources.items():
             weight, store = self.weights.get(name, 1.0), self.store(source)
             if self.repeated_share < 1:
-                parts.append(PackedRows(store, self.row_length, self.seed, self.cross_documents))
+                parts.append(self._packed_rows(source, row_length, self.seed))
                 weights.append(weight * (1 - self.repeated_share))
             if self.repeated_share > 0:
-                lengths = (min(64, self.row_length // 4), self.row_length // 2)
-                parts.append(RepeatedPassages(store, self.row_length, lengths, self.seed))
+                passages = passage_range(row_length)
+                parts.append(RepeatedPassages(store, row_length, passages, self.seed))
                 weights.append(weight * self.repeated_share)
         rows = parts[0] if len(parts) == 1 else MixedRows(parts, weights)
+        rows = OneByOne(rows, self.rows_together) if self.rows_together > 1 else rows
+        if self._teacher_cache is not None:
+            rows = TaughtRows(rows, self._teacher_cache)
         return FirstRows(rows, self.repeat_first_rows) if self.repeat_first_rows else rows
 
     def train_dataloader(self) -> StatefulLoader:
         """This rank's loader for the whole stage: `trainer.max_steps` optimiser steps."""
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return StatefulLoader(
-            self.train_rows(),
-            rows_per_device=self.rows_per_device,
-            batches=self.trainer.max_steps * self.trainer.accumulate_grad_batches,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            workers=self.workers,
+            self._segments(world_size), rank=rank, world_size=world_size, workers=self.workers
         )
+
+    def _segments(self, world_size: int) -> list[Segment]:
+        """The rows of each shape of batches; each goes on in the text where the one before it ends."""
+        batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        shapes = self._shapes or (BatchShape(batches, self.row_length, self.rows_per_device),)
+        rows, segments = self.train_rows(shapes[0].row_length), []
+        for shape, following in zip(shapes, shapes[1:], strict=False):
+            count = shape.batches * shape.rows_per_device * world_size
+            first, rows = rows.split(count, following.row_length)
+            segments.append(Segment(first, shape.rows_per_device, shape.batches))
+        return [*segments, Segment(rows, shapes[-1].rows_per_device, shapes[-1].batches)]
 
     def validation_batches(self, rows: int | None = None) -> list[dict[str, Tensor]]:
         """The held-out rows, the same for every run.
@@ -155,6 +211,30 @@ class TextDataModule(pl.LightningDataModule):
         copies = self._copies(self.sources, rows, self.row_length // 2, self.seed)
         return self._packed(self.sources, rows, self.seed), copies
 
+    def retrieval_batches(
+        self, task: Any, rows: int, *, held_out: bool = False, row_length: int | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Batches of a retrieval task (data/retrieval.py), whose answers alone have labels.
+
+        Args:
+            task: gives rows of a store.
+            rows: of each source.
+            held_out: take the validation sources, the same rows for every run; else the training sources.
+            row_length: T; None means the config's.
+
+        Returns:
+            The batch contract and `depths` [B] float64, the place of each row's answer in [0, 1).
+        """
+        sources, seed = (self.validation_sources, VALIDATION_SEED) if held_out else (self.sources, self.seed)
+        length, batches = row_length or self.row_length, []
+        for source in sources.values():
+            made = task.rows(self.store(source), self.tokenizer, length, seed)
+            for start in range(0, rows, self.rows_per_device):
+                indices = range(start, min(start + self.rows_per_device, rows))
+                depths = torch.tensor([made.depth(index) for index in indices], dtype=torch.float64)
+                batches.append(collate([made.row(index) for index in indices]) | {"depths": depths})
+        return batches
+
     def val_dataloader(self) -> DataLoader:
         """A quarter of the held-out rows, for a look during training."""
         # Lightning would take a bare list of batches for a collection of loaders.
@@ -163,9 +243,16 @@ class TextDataModule(pl.LightningDataModule):
     def _packed(self, sources: Mapping[str, DocumentSource], rows: int, seed: int) -> list[dict[str, Tensor]]:
         taken = []
         for source in sources.values():
-            packed = PackedRows(self.store(source), self.row_length, seed, self.cross_documents)
-            taken += [packed.row(index) for index in range(min(rows, packed.rows_per_epoch))]
+            packed, together = self._packed_rows(source, self.row_length, seed), self.rows_together
+            groups = min(max(rows // together, 1), packed.rows_per_epoch)
+            packed = OneByOne(packed, together) if together > 1 else packed
+            taken += [packed.row(index) for index in range(groups * together)]
         return self._batches(taken)
+
+    def _packed_rows(self, source: DocumentSource, row_length: int, seed: int) -> Rows:
+        """A source's documents in rows: the source's own kind of rows, or its tokens cut without loss."""
+        pack = getattr(source, "packed", PackedRows)
+        return pack(self.store(source), row_length, seed, self.cross_documents)
 
     def _copies(
         self, sources: Mapping[str, DocumentSource], rows: int, length: int, seed: int
@@ -205,7 +292,24 @@ class TextDataModule(pl.LightningDataModule):
             )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"data.max_tokens={self.max_tokens} must be at least 1, or null.")
+        self._check_together()
         self._check_sources()
+
+    def _check_together(self) -> None:
+        sources = (*self.sources.values(), *self.validation_sources.values())
+        if len({getattr(source, "rows_together", 1) for source in sources}) > 1:
+            raise ValueError(
+                "data.sources and data.validation_sources mix pairs with other documents; give pairs a stage "
+                "of their own."
+            )
+        for key in ("rows_per_device", "repeat_first_rows"):
+            if getattr(self, key) % self.rows_together:
+                raise ValueError(
+                    f"data.{key}={getattr(self, key)} must be a multiple of {self.rows_together}: the rows "
+                    "of a pair stay together."
+                )
+        if self.rows_together > 1 and self.repeated_share > 0:
+            raise ValueError(f"data.repeated_share={self.repeated_share} must be 0: passages are no pairs.")
 
     def _check_sources(self) -> None:
         for name, held_out in self.validation_sources.items():
@@ -222,7 +326,7 @@ class TextDataModule(pl.LightningDataModule):
                         "one validation_share."
                     )
         for source in [*self.sources.values(), *self.validation_sources.values()]:
-            if hasattr(source, "check_tokenizer"):
+            if hasattr(source, "check_tokenizer") and self.tokenizer is not None:
                 source.check_tokenizer(self.tokenizer)
 
 

@@ -17,8 +17,8 @@ FILE_BUILDERS = ("json", "parquet", "text", "csv", "arrow")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubDataset(DocumentSource):
-    """Every row of one split of a data set is a document, held by one string field.
+class HubRows(DocumentSource):
+    """The rows of one split of a data set, whatever they hold.
 
     The origin is `path/config/dataset_split(data_files):row`, rows counted from 1; without the files it
     divides the rows between the splits. Where the data set has a validation split of its own,
@@ -29,7 +29,6 @@ class HubDataset(DocumentSource):
         config: the data set's configuration, where it has several.
         dataset_split: the data set's own split, for example `train`.
         revision: the commit of a Hub data set; without one a cache cannot notice that it has moved on.
-        field: the name of the string field that holds the text.
         data_files: file or files (globs too) for a builder, or inside the data set.
         streaming: read as it arrives; otherwise it is first downloaded and prepared as a whole.
         max_documents: read this many rows at most, both splits and bad rows included; None reads all.
@@ -42,7 +41,6 @@ class HubDataset(DocumentSource):
     config: str | None = None
     dataset_split: str = "train"
     revision: str | None = None
-    field: str = "text"
     data_files: tuple[str, ...] = ()
     streaming: bool = True
     max_documents: int | None = None
@@ -58,33 +56,28 @@ class HubDataset(DocumentSource):
             if self._is_local():
                 self._local_files()
 
-    def documents(self, quarantine: Quarantine) -> Iterator[Document]:
-        """Gives the split's rows in the data set's own order; see `DocumentSource.documents`.
+    def fields(self) -> tuple[str, ...]:
+        """The fields that are read; a data set must have one of them at least."""
+        raise NotImplementedError
+
+    def read_rows(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """The split's rows in the data set's own order, each with its origin.
 
         Raises:
-            ValueError: naming the key, where the data set cannot be opened or has no such field.
+            ValueError: naming the key, where the data set cannot be opened or has none of the fields.
             BadDataError: where `datasets` cannot read on, since what follows would be lost.
         """
         if not self._is_local() and self.revision is None:
             log.warning("%s is not set: %s may change without notice.", self.key("revision"), self.path)
         name = "/".join(part for part in (self.path, self.config, self.dataset_split) if part)
         shown = f"{name}({', '.join(self.data_files)})" if self.data_files else name
-        for number, record in enumerate(self._rows(shown), 1):
-            if not self.keeps(f"{name}:{number}"):
-                continue
-            origin = f"{shown}:{number}"
-            value = record.get(self.field)
-            if value is not None and not isinstance(value, str):
-                detail = f"field {self.field!r} is a {type(value).__name__}, not a string"
-                quarantine.bad(origin, "missing_field", detail, repr(value)[:2000])
-                continue
-            text = quarantine.screen(value, origin)
-            if text is not None:
-                yield Document(text, origin)
+        for number, record in enumerate(self._read(shown), 1):
+            if self.keeps(f"{name}:{number}"):
+                yield record, f"{shown}:{number}"
 
     def fingerprint(self) -> dict[str, Any]:
         """The name, revision and options, and for local data the content of the files."""
-        options = ("path", "config", "dataset_split", "revision", "field", "max_documents")
+        options = ("path", "config", "dataset_split", "revision", "max_documents")
         files = fingerprint_files(self._local_files()) if self._is_local() else {}
         return {
             "kind": type(self).__name__,
@@ -123,14 +116,16 @@ class HubDataset(DocumentSource):
             ) from error
         if rows.column_names is None:
             return rows
-        if self.field not in rows.column_names:
-            raise ValueError(
-                f"{self.key('field')}={self.field!r} is not in {self.path}, which has {rows.column_names}."
-            )
+        present = [name for name in self.fields() if name in rows.column_names]
+        if not present:
+            raise ValueError(self._without_fields(rows.column_names))
         # The other columns may hold images or sound, which would be decoded for nothing.
-        return rows.select_columns([self.field])
+        return rows.select_columns(present)
 
-    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+    def _without_fields(self, columns: list[str]) -> str:
+        return f"{self.key('path')}={self.path!r} has none of {list(self.fields())}; it has {columns}."
+
+    def _read(self, name: str) -> Iterator[dict[str, Any]]:
         rows = self._open()
         number = 0
         try:
@@ -150,3 +145,37 @@ class HubDataset(DocumentSource):
         import pyarrow
 
         return (ValueError, *ARCHIVE_ERRORS, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset(HubRows):
+    """Every row of one split of a data set is a document, held by one string field; see `HubRows`.
+
+    Args:
+        field: the name of the string field that holds the text.
+    """
+
+    field: str = "text"
+
+    def documents(self, quarantine: Quarantine) -> Iterator[Document]:
+        """Gives the split's rows in the data set's own order; see `DocumentSource.documents`."""
+        for record, origin in self.read_rows():
+            value = record.get(self.field)
+            if value is not None and not isinstance(value, str):
+                detail = f"field {self.field!r} is a {type(value).__name__}, not a string"
+                quarantine.bad(origin, "missing_field", detail, repr(value)[:2000])
+                continue
+            text = quarantine.screen(value, origin)
+            if text is not None:
+                yield Document(text, origin)
+
+    def fields(self) -> tuple[str, ...]:
+        """The one that holds the text."""
+        return (self.field,)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """With the field."""
+        return {**super().fingerprint(), "field": self.field}
+
+    def _without_fields(self, columns: list[str]) -> str:
+        return f"{self.key('field')}={self.field!r} is not in {self.path}, which has {columns}."

@@ -11,6 +11,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 REASONS = ("broken_json", "wrong_utf8", "missing_field", "empty", "enormous", "broken_archive")
+REASONS += ("refused_by_template", "no_answer")  # of conversations
 EXCERPT_BYTES = 2000
 
 

@@ -2,13 +2,21 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.documents import Document, DocumentSource, strings
 from data.files import ARCHIVE_ERRORS, InputFile, find_files, fingerprint_files, open_bytes, read_lines
 from data.quarantine import Quarantine
+
+
+class Record(NamedTuple):
+    """One object with fields, the place it came from, and its bytes or the beginning of them."""
+
+    value: dict[str, Any]
+    origin: str
+    raw: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,37 +113,56 @@ class JsonLines(FileSource):
 
     def documents(self, quarantine: Quarantine) -> Iterator[Document]:
         """Gives the split's lines in order; a broken archive ends its own file only. See the base class."""
-        limit = quarantine.max_document_bytes
         for file in self.files():
-            number = 0
-            try:
-                for number, (line, size) in enumerate(read_lines(file.path, limit), 1):
-                    if not self.keeps(f"{file.key}:{number}"):
-                        continue
-                    text = self._parse(line, size, f"{file.path}:{number}", quarantine)
-                    if text is not None:
-                        yield Document(text, f"{file.path}:{number}")
-            except ARCHIVE_ERRORS as error:
-                # What the lost rest of the file held is unknown, so both splits report it.
-                size = os.path.getsize(file.path)
-                quarantine.bad(f"{file.path}:{number + 1}", "broken_archive", str(error), b"", size)
+            for record in json_lines(file, self.keeps, quarantine):
+                text = self._text(record, quarantine)
+                if text is not None:
+                    yield Document(text, record.origin)
 
-    def _parse(self, line: bytes, size: int, origin: str, quarantine: Quarantine) -> str | None:
-        if size > quarantine.max_document_bytes:
-            detail = quarantine.enormous_detail(f"a line of {size} bytes")
-            return quarantine.bad(origin, "enormous", detail, line, size)
-        if not line.strip():
-            return None
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            return quarantine.bad(origin, "wrong_utf8", str(error), line)
-        except (ValueError, RecursionError) as error:  # the latter where brackets nest too deep
-            return quarantine.bad(origin, "broken_json", f"{type(error).__name__}: {error}", line)
-        if not isinstance(record, dict):
-            return quarantine.bad(origin, "missing_field", f"a {type(record).__name__}, not an object", line)
-        if not isinstance(record.get(self.field), str):
-            found = f"is a {type(record[self.field]).__name__}" if self.field in record else "is absent"
-            detail = f"field {self.field!r} {found}; the fields are {list(record)[:20]}"
-            return quarantine.bad(origin, "missing_field", detail, line)
-        return quarantine.screen(record[self.field], origin)
+    def _text(self, record: Record, quarantine: Quarantine) -> str | None:
+        value = record.value
+        if not isinstance(value.get(self.field), str):
+            found = f"is a {type(value[self.field]).__name__}" if self.field in value else "is absent"
+            detail = f"field {self.field!r} {found}; the fields are {list(value)[:20]}"
+            return quarantine.bad(record.origin, "missing_field", detail, record.raw)
+        return quarantine.screen(value[self.field], record.origin)
+
+
+def json_lines(file: InputFile, keeps: Callable[[str], bool], quarantine: Quarantine) -> Iterator[Record]:
+    """The objects that the lines of a file hold; what is none is set aside.
+
+    Args:
+        file: plain or compressed.
+        keeps: whether the split has the line of that name.
+        quarantine: takes the bad lines, and a broken archive.
+    """
+    number = 0
+    try:
+        for number, (line, size) in enumerate(read_lines(file.path, quarantine.max_document_bytes), 1):
+            if not keeps(f"{file.key}:{number}"):
+                continue
+            origin = f"{file.path}:{number}"
+            value = _json_object(line, size, origin, quarantine)
+            if value is not None:
+                yield Record(value, origin, line)
+    except ARCHIVE_ERRORS as error:
+        # What the lost rest of the file held is unknown, so both splits report it.
+        size = os.path.getsize(file.path)
+        quarantine.bad(f"{file.path}:{number + 1}", "broken_archive", str(error), b"", size)
+
+
+def _json_object(line: bytes, size: int, origin: str, quarantine: Quarantine) -> dict[str, Any] | None:
+    if size > quarantine.max_document_bytes:
+        detail = quarantine.enormous_detail(f"a line of {size} bytes")
+        return quarantine.bad(origin, "enormous", detail, line, size)
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return quarantine.bad(origin, "wrong_utf8", str(error), line)
+    except (ValueError, RecursionError) as error:  # the latter where brackets nest too deep
+        return quarantine.bad(origin, "broken_json", f"{type(error).__name__}: {error}", line)
+    if not isinstance(value, dict):
+        return quarantine.bad(origin, "missing_field", f"a {type(value).__name__}, not an object", line)
+    return value

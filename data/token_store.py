@@ -9,12 +9,12 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -43,19 +43,28 @@ class TokenDocuments(Protocol):
         """The tokens of one document, [tokens] of an integer type, as a view."""
 
 
+class EncodedDocument(NamedTuple):
+    """A document's tokens as they are stored, and which of them are learned; None means all."""
+
+    ids: Sequence[int]
+    trained: Sequence[bool] | None = None
+
+
 @dataclass(frozen=True)
 class TokenStore:
-    """Tokenised documents, each ended by the end-of-text token.
+    """Tokenised documents; those of text are each ended by the end-of-text token.
 
     Args:
         tokens: [total] uint16 or uint32, memory-mapped; all documents one after the other.
         ends: [documents] int64, the position after each document's last token.
         manifest: what the store was made from.
+        trained: [total] uint8, memory-mapped, 1 for a token that is learned; None means all are.
     """
 
     tokens: np.ndarray
     ends: np.ndarray
     manifest: dict[str, Any]
+    trained: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -67,7 +76,15 @@ class TokenStore:
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, as a view."""
-        return self.tokens[self.ends[index - 1] if index else 0 : self.ends[index]]
+        return self.tokens[self._place(index)]
+
+    def trained_tokens(self, index: int) -> np.ndarray:
+        """[tokens] bool, which tokens of one document are learned."""
+        place = self._place(index)
+        return np.ones(place.stop - place.start, bool) if self.trained is None else self.trained[place] > 0
+
+    def _place(self, index: int) -> slice:
+        return slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -123,6 +140,7 @@ def prepare_token_store(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         **quarantine_options,
+        **(source.encoding(tokenizer) if hasattr(source, "encoding") else {}),
         **({} if max_tokens is None else {"max_tokens": max_tokens}),
     }
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:20]
@@ -152,9 +170,9 @@ def open_token_store(folder: Path) -> TokenStore:
         manifest = json.loads((folder / "manifest.json").read_text())
         ends = np.load(folder / "ends.npy")
         tokens = np.memmap(folder / "tokens.bin", dtype=manifest["dtype"], mode="r")
-        whole = (manifest["documents"], manifest["tokens"]) == (len(ends), len(tokens)) and ends[-1] == len(
-            tokens
-        )
+        trained = np.memmap(folder / "trained.bin", np.uint8, "r") if manifest.get("masked") else None
+        sizes = (len(ends), len(tokens), len(tokens) if trained is None else len(trained))
+        whole = sizes == (manifest["documents"], *2 * (manifest["tokens"],)) and ends[-1] == len(tokens)
     except (OSError, EOFError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"data: {folder} is damaged ({error}); delete the folder, the next run rebuilds it."
@@ -163,7 +181,7 @@ def open_token_store(folder: Path) -> TokenStore:
         raise ValueError(
             f"data: {folder} differs from its manifest; delete the folder, it is rebuilt on the next run."
         )
-    return TokenStore(tokens, ends, manifest)
+    return TokenStore(tokens, ends, manifest, trained)
 
 
 def _write(
@@ -183,22 +201,31 @@ def _write(
     unfinished.mkdir()
     try:
         ends, total = [], 0
-        with (unfinished / "tokens.bin").open("wb") as file:
-            for ids in _encoded(source, tokenizer, quarantine):
-                file.write(np.asarray([*ids, tokenizer.eos_token_id], dtype).tobytes())
-                total += len(ids) + 1
+        masked = hasattr(source, "encode")
+        encoded = source.encode(tokenizer, quarantine) if masked else _encoded(source, tokenizer, quarantine)
+        with (unfinished / "tokens.bin").open("wb") as file, (unfinished / "trained.bin").open("wb") as mask:
+            for ids, trained in encoded:
+                file.write(np.asarray(ids, dtype).tobytes())
+                if trained is not None:
+                    mask.write(np.asarray(trained, np.uint8).tobytes())
+                total += len(ids)
                 ends.append(total)
                 if limit is not None and total >= limit:
                     break
         quarantine.finish()
         if not ends:
-            raise ValueError(f"data.sources.{source.name} gives no document for split={source.split}.")
+            change = {"all": "", "train": "; lower its", "validation": "; raise its"}[source.split]
+            hint = f"{change} validation_share={source.validation_share}" if change else ""
+            raise ValueError(f"data.sources.{source.name} gives no document for split={source.split}{hint}.")
+        if not masked:
+            (unfinished / "trained.bin").unlink()
         np.save(unfinished / "ends.npy", np.asarray(ends, np.int64))
         counts = {
             "dtype": dtype.name,
             "documents": len(ends),
             "tokens": total,
             "quarantine": quarantine.summary(),
+            **({"masked": True} if masked else {}),
         }
         (unfinished / "manifest.json").write_text(json.dumps({**inputs, **counts}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
@@ -209,11 +236,12 @@ def _write(
 
 def _encoded(
     source: DocumentSource, tokenizer: PreTrainedTokenizerBase, quarantine: Quarantine
-) -> Iterator[list[int]]:
-    """The token ids of one document after the other."""
+) -> Iterator[EncodedDocument]:
+    """The tokens of one text after the other, the end-of-text token after each."""
     texts = (document.text for document in source.documents(quarantine))
     while batch := list(islice(texts, DOCUMENTS_PER_BATCH)):
-        yield from tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield EncodedDocument([*ids, tokenizer.eos_token_id])
 
 
 @contextmanager
