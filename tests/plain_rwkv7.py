@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from models.mixers import RWKV7Mixer
+from models.mixers.induction_bank import HEAD_SIZE
 
 
 class PlainRWKV7:
@@ -34,14 +35,35 @@ class PlainRWKV7:
         decay = torch.exp(-math.exp(-0.5) * self.low_rank("decay", x_w, torch.tanh).sigmoid())
         rate = self.options.rate_range * self.low_rank("rate", x_a).sigmoid()
         receptance, key = self.project("receptance", x_r), self.project("key", x_k)
-        queries_per_key = self.shape.heads // self.shape.kv_heads
+        queries_per_key = self.shape.heads // self.shape.kv_heads if self.options.grouped_kv else 1
         heads = []
         for head in range(self.shape.heads):
             own, group = self.part(head), self.part(head // queries_per_key)
             r = self.turned(receptance[:, own], "receptance_norm") * self.shape.head_size**-0.5
             k = self.turned(key[:, group], "key_norm")
             heads.append(self.one_head(head, r, decay[:, own], k, value[:, group], rate[:, own]))
-        return self.project("output", torch.cat(heads, 1) * self.gate(x_g))
+        return self.project("output", torch.cat(heads, 1) * self.gate(x_g)) + self.bank(x)
+
+    def bank(self, x: Tensor) -> Tensor:
+        """What an induction bank adds, [T,D]: each token is stored under the key of the one before it."""
+        if "induction.match.weight" not in self.weights:
+            return torch.zeros_like(x)
+        match, value = (self.project(f"induction.{part}", x) for part in ("match", "value"))
+        decay = torch.exp(-math.exp(-0.5) * self.low_rank("induction.decay", x, torch.tanh).sigmoid())
+        rate = self.low_rank("induction.rate", x).sigmoid()
+        heads = []
+        for start in range(0, match.shape[1], HEAD_SIZE):
+            own = slice(start, start + HEAD_SIZE)
+            unit = match[:, own] / match[:, own].norm(dim=1, keepdim=True)
+            state, outputs = torch.zeros(HEAD_SIZE, HEAD_SIZE, dtype=torch.float64), []
+            for token in range(len(x)):
+                removed = unit[token - 1] if token else torch.zeros_like(unit[0])
+                w, a = decay[token, own], rate[token, own]
+                state = state @ (torch.diag(w) - torch.outer(removed, removed * a))
+                state = state + torch.outer(value[token, own], removed * (1 - w + a))
+                outputs.append(state @ unit[token])
+            heads.append(torch.stack(outputs))
+        return self.project("induction.output", torch.cat(heads, 1))
 
     def one_head(self, head: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
         """Receptance, decay, key, value and rate [T,N] of one head to its output [T,N]."""

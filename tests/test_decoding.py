@@ -25,7 +25,8 @@ from models.student_folder import load_model, model_folder
 
 TOLERANCE = 1e-9  # of float64: what rounding does is no question here, and random models magnify it
 PLANS = {"pure": (), "keep_middle": (1,), "keep_first": (0,), "keep_last": (-1,)}
-FLAVOURS = {"radlads": {}, "arwkv": ARWKV}
+INDUCTION = {"induction_layers": [0, 2], "induction_heads": 1}
+FLAVOURS = {"radlads": {}, "arwkv": ARWKV, "induction": INDUCTION}
 STUDENTS = [(plan, flavour, "qwen2") for plan in PLANS for flavour in FLAVOURS]
 STUDENTS += [("keep_middle", "arwkv", "qwen3"), ("pure", "radlads", "llama_biased")]
 
@@ -287,10 +288,10 @@ def test_sampling_several_texts_per_prompt_works(student):
 def test_the_cache_of_a_pure_student_does_not_grow(flavour):
     model = tiny_student(tiny_teacher(), **FLAVOURS[flavour])
     cost = decoding_cost({"student": model}, [16, 64, 512], tokens=1)["student"]
-    shape = 2 * 32 * 32 * 4 + (
-        64 * 4 if flavour == "arwkv" else 0
-    )  # state [H,N,N] and, shifted, the last token [D]
-    assert cost["state_bytes"] == [LAYERS * shape] * 3
+    state, shifted = 2 * 32 * 32 * 4, 64 * 4  # [H,N,N] and, shifted, the last token [D]
+    banks = 2 * (128 * 128 + 128) * 4  # in two layers a state and the last key
+    extra = {"radlads": 0, "arwkv": LAYERS * shifted, "induction": banks}
+    assert cost["state_bytes"] == [LAYERS * state + extra[flavour]] * 3
     assert len(cost["seconds_per_token"]) == 3 and min(cost["seconds_per_token"]) > 0
 
 

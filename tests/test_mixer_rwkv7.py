@@ -65,6 +65,9 @@ FLAVOURS = {
     "shift_only": {"token_shift": True, "gate": "full"},
     "bonus_raw": {"bonus": True, "written_key": "raw", "rate_range": 2.0},
     "norm_only": {"group_norm": True, "gate": "none"},
+    "own_keys": {"grouped_kv": False},
+    "induction": {"induction_layers": [1]},
+    "induction_everything": {"induction_layers": [0, 1], "induction_heads": 1, **ARWKV},
 }
 
 
@@ -74,7 +77,7 @@ def test_the_mixer_computes_the_published_formulas(flavour, shape):
     mixer = make(SHAPES[shape], noise=0.15, first=False, **FLAVOURS[flavour])
     hidden = hidden_of(SHAPES[shape].hidden_size)
     positions = rotary(torch.arange(TOKENS).expand(2, -1))
-    first_value = torch.randn(2, TOKENS, SHAPES[shape].kv_heads, HEAD_SIZE)
+    first_value = torch.randn(2, TOKENS, mixer.kv_heads, HEAD_SIZE)
     residual = FLAVOURS[flavour].get("value_residual", False)
     with torch.no_grad():
         found, nothing = mixer(hidden, positions, sequence_context=SequenceContext(first_value=first_value))

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kernels import fused
-from kernels.segments import token_codes
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, Mixer
 from models.mixers.low_rank import rounded_rank
+from models.mixers.operator_call import run_operator
 from models.mixers.token_shift import last_token
 from models.sequence_state import RecurrentCacheLayer, recurrent_layer
 
-GATES = ("none", "low", "full")
+GATES = ("none", "low", "full", "silu")
+SILU_IS_ONE = 1.2784645427610738  # x σ(x) = 1
 
 
 class HeadMixer(Mixer):
@@ -30,12 +31,14 @@ class HeadMixer(Mixer):
         shape: head counts, biases and norms of the attention that it replaces.
         options: the flavour; has `rope`.
         layer_index: of the decoder layer, from 0.
+        kv_heads: key/value heads of the mixer itself: the teacher's G, or H, which gives each query head its
+            own copy of the teacher's; None means G.
 
     Raises:
         ValueError: for a head size that the mixer does not have.
     """
 
-    def __init__(self, shape: AttentionShape, options: Any, layer_index: int):
+    def __init__(self, shape: AttentionShape, options: Any, layer_index: int, kv_heads: int | None = None):
         super().__init__()
         if shape.head_size not in self.head_sizes:
             raise ValueError(
@@ -43,33 +46,53 @@ class HeadMixer(Mixer):
                 f"teacher has {shape.head_size}. Keep attention in its layers."
             )
         self.shape, self.options, self.layer_index = shape, options, layer_index
+        self.kv_heads = shape.kv_heads if kv_heads is None else kv_heads
         width, inner = shape.hidden_size, shape.heads * shape.head_size
-        kv_inner = shape.kv_heads * shape.head_size
+        kv_inner = self.kv_heads * shape.head_size
         self.receptance = nn.Linear(width, inner, bias=shape.query_bias)
         self.key = nn.Linear(width, kv_inner, bias=shape.key_bias)
         self.value = nn.Linear(width, kv_inner, bias=shape.value_bias)
         self.output = nn.Linear(inner, width, bias=shape.output_bias)
-        self.receptance_norm = nn.RMSNorm(shape.head_size, eps=shape.norm_eps) if shape.query_norm else None
-        self.key_norm = nn.RMSNorm(shape.head_size, eps=shape.norm_eps) if shape.key_norm else None
+        self.receptance_norm = HeadNorm(shape, shape.heads) if shape.query_norm else None
+        self.key_norm = HeadNorm(shape, self.kv_heads) if shape.key_norm else None
 
     def project_heads(
         self, inputs: dict[str, Tensor], position_embeddings: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Receptance [B,T,H,N] (read scale N^-1/2 included), key and value [B,T,G,N].
+        """Receptance [B,T,H,N] (read scale included), key and value [B,T,kv_heads,N].
 
         Args:
             inputs: what the projections `r`, `k` and `v` read, [B,T,D].
-            position_embeddings: cosine and sine [B or 1,T,N], used with `rope`.
+            position_embeddings: cosine and sine [B or 1,T,R], used with `rope` where the teacher rotates.
         """
-        receptance = self.split(self.receptance(inputs["r"]))
-        key = self.split(self.key(inputs["k"]))
+        receptance, key, value = (
+            self.split(projection(inputs[part]))
+            for part, projection in (("r", self.receptance), ("k", self.key), ("v", self.value))
+        )
         if self.receptance_norm is not None:
             receptance = self.receptance_norm(receptance)
         if self.key_norm is not None:
             key = self.key_norm(key)
-        if self.options.rope and position_embeddings is not None:
-            receptance, key = rotate(receptance, position_embeddings), rotate(key, position_embeddings)
-        return receptance * self.shape.head_size**-0.5, key, self.split(self.value(inputs["v"]))
+        if self.options.rope and self.shape.rotated and position_embeddings is not None:
+            kind = self.shape.rotation
+            receptance = rotate(receptance, position_embeddings, kind)
+            key = rotate(key, position_embeddings, kind)
+        return receptance * self.read_scale, key, value
+
+    @property
+    def read_scale(self) -> float:
+        """What the receptance is multiplied with."""
+        scale = self.shape.read_scale
+        return self.shape.head_size**-0.5 if scale is None else scale
+
+    @property
+    def kv_repeats(self) -> int:
+        """Query heads that share one of the mixer's key/value heads."""
+        return self.shape.heads // self.kv_heads
+
+    def repeat_kv(self, heads: Tensor) -> Tensor:
+        """[B,T,kv_heads,N] -> [B,T,H,N]; neighbouring query heads share a key/value head."""
+        return heads if self.kv_repeats == 1 else heads.repeat_interleave(self.kv_repeats, dim=2)
 
     def split(self, flat: Tensor) -> Tensor:
         """[B,T,heads·N] -> [B,T,heads,N]."""
@@ -138,11 +161,10 @@ class RecurrentMixer(HeadMixer):
         context: SequenceContext,
         **bonus: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """The operator over the row; for one more token of a text, in place on the decoding state.
+        """The mixer's operator on r, log_w, k, v, ... [B,T,H,N] (mixers/operator_call.py).
 
         Args:
-            inputs: r, log_w, k, v, ... of the operator, [B,T,H,N]. Where v has 16 bits, all but log_w are
-                rounded to them: kernels then move half the memory, and sum up in float32 all the same.
+            inputs: of the operator.
             memory: as from `recall`.
             context: documents and padding of the row.
             bonus: arguments that have no tokens.
@@ -150,16 +172,9 @@ class RecurrentMixer(HeadMixer):
         Returns:
             [B,T,H,N] and the state [B,H,N,N] after the call.
         """
-        r, log_w, k, v, *more = inputs
-        inputs = (r.to(v.dtype), log_w, k.to(v.dtype), v, *(x.to(v.dtype) for x in more))
-        backend = self.options.backend
-        state = memory.state if memory is not None else None
-        if state is None or v.shape[1] > 1 or torch.is_grad_enabled() or not _writable(state):
-            ids = context.document_ids
-            return self.over_rows(*inputs, state=state, document_ids=ids, backend=backend, **bonus)
-        codes = None if context.document_ids is None else token_codes(context.document_ids)[:, 0]
-        now = (x[:, 0] for x in inputs)
-        return self.one_token(*now, state, codes=codes, backend=backend, **bonus)[:, None], state
+        state = None if memory is None else memory.state
+        ids, backend = context.document_ids, self.options.backend
+        return run_operator(self.over_rows, self.one_token, inputs, state, ids, backend, **bonus)
 
     def remember(
         self,
@@ -174,11 +189,6 @@ class RecurrentMixer(HeadMixer):
         if memory is not None:
             last = last_token(hidden, context.document_ids, memory.last_hidden) if shifts else None
             memory.advance(state, last, hidden.shape[1])
-
-
-def _writable(state: Tensor) -> bool:
-    """Whether a state may be changed in place here: one made in inference mode may not outside of it."""
-    return torch.is_inference_mode_enabled() or not state.is_inference()
 
 
 class LowRankGate(nn.Module):
@@ -206,23 +216,68 @@ class FullGate(nn.Module):
         return 2 * torch.sigmoid(F.linear(hidden, self.weight))
 
 
+class SiluGate(nn.Module):
+    """SiLU(x W + b), the gate of RWKV-6 but for its bias, with W = 0 at the start and b such that it is 1."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(inner, width))
+        self.bias = nn.Parameter(torch.full((inner,), SILU_IS_ONE))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B,T,D] -> [B,T,H·N]."""
+        return F.silu(F.linear(hidden, self.weight, self.bias))
+
+
 def output_gate(kind: str, width: int, inner: int) -> nn.Module | None:
     """A gate of one of GATES."""
     if kind == "none":
         return None
-    return (
-        FullGate(width, inner)
-        if kind == "full"
-        else LowRankGate(width, rounded_rank(0.6 * width**0.8), inner)
-    )
+    if kind == "low":
+        return LowRankGate(width, rounded_rank(0.6 * width**0.8), inner)
+    return FullGate(width, inner) if kind == "full" else SiluGate(width, inner)
 
 
-def rotate(heads: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions (arXiv 2104.09864) on [B,T,heads,N], in the half-split layout of Hugging Face
-    decoders."""
+class HeadNorm(nn.Module):
+    """The teacher's RMSNorm of queries or keys (arXiv 1910.07467), over each head or over all of them.
+
+    Args:
+        shape: of the attention.
+        heads: of the queries or keys.
+    """
+
+    def __init__(self, shape: AttentionShape, heads: int):
+        super().__init__()
+        self.over_all, self.offset, self.eps = shape.norm_scope == "width", shape.norm_offset, shape.norm_eps
+        width = heads * shape.head_size if self.over_all else shape.head_size
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - self.offset))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """[B,T,heads,N] -> [B,T,heads,N]."""
+        weight = self.weight + self.offset if self.offset else self.weight
+        if not self.over_all:
+            return F.rms_norm(heads, weight.shape, weight, self.eps)
+        return F.rms_norm(heads.flatten(2), weight.shape, weight, self.eps).view_as(heads)
+
+
+def rotate(heads: Tensor, position_embeddings: tuple[Tensor, Tensor], rotation: str = "half") -> Tensor:
+    """Rotary positions (arXiv 2104.09864) of the first R channels of [B,T,heads,N]; the others stay.
+
+    Args:
+        heads: queries or keys.
+        position_embeddings: cosine and sine [B or 1,T,R], each angle twice, in the halves of R.
+        rotation: `half` turns channels i and i + R/2 together, `interleaved` channels 2i and 2i + 1.
+    """
     cosine, sine = (table[:, :, None] for table in position_embeddings)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat([-second, first], dim=-1) * sine
+    turning, still = heads[..., : cosine.shape[-1]], heads[..., cosine.shape[-1] :]
+    if rotation == "interleaved":
+        cosine, sine = (table.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for table in (cosine, sine))
+        across = torch.stack([-turning[..., 1::2], turning[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        first, second = turning.chunk(2, dim=-1)
+        across = torch.cat([-second, first], dim=-1)
+    turned = turning * cosine + across * sine
+    return torch.cat([turned, still], dim=-1) if still.shape[-1] else turned
 
 
 def decay_bias(inner: int, layer_index: int, layer_count: int) -> Tensor:

@@ -4,6 +4,7 @@
 Shape letters: B rows, T tokens, D hidden width, H heads, G key/value heads, N head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from kernels.wkv7 import BACKENDS, HEAD_SIZES, wkv7, wkv7_step
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, wide
 from models.mixers.heads import GATES, RecurrentMixer, check_choice, decay_bias
+from models.mixers.induction_bank import InductionBank
 from models.mixers.low_rank import LowRank, rounded_rank
 from models.mixers.token_shift import previous_token
 from models.sequence_state import RecurrentCacheLayer
@@ -38,6 +40,12 @@ class RWKV7Options:
         written_key: `unit` writes a unit-norm key times (1 - decay + rate), so that what is removed is added
             back; `raw` is the published RWKV-7 form with learned key scales.
         rate_range: the in-context learning rate lies in (0, rate_range); 2 allows negative eigenvalues.
+        grouped_kv: query heads share keys and values as the teacher's do; otherwise each has its own copy,
+            and a state of its own to fill.
+        induction_layers: layers with a bank of heads of their own that find what followed an earlier
+            occurrence of the current token (mixers/induction_bank.py); stage `calibrate` adds those where the
+            teacher does that, and starts their banks.
+        induction_heads: heads of such a bank, of size 128.
         backend: of the wkv7 operator: auto, or a name of docs/kernels.md; `triton` also fuses what
             stands around it (kernels/fused).
     """
@@ -50,6 +58,9 @@ class RWKV7Options:
     group_norm: bool = False
     written_key: str = "unit"
     rate_range: float = 1.0
+    grouped_kv: bool = True
+    induction_layers: Sequence[int] = ()
+    induction_heads: int = 2
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -58,6 +69,11 @@ class RWKV7Options:
         check_choice("kernel.wkv7", self.backend, ("auto", *(backend.name for backend in BACKENDS)))
         if not 0 < self.rate_range <= 2:
             raise ValueError(f"student.mixers.rwkv7.rate_range={self.rate_range} must lie in (0, 2].")
+        if self.induction_heads < 1:
+            raise ValueError(
+                f"student.mixers.rwkv7.induction_heads={self.induction_heads} must be at least 1; leave "
+                "layers out of induction_layers instead."
+            )
 
 
 class RWKV7Mixer(RecurrentMixer):
@@ -83,9 +99,9 @@ class RWKV7Mixer(RecurrentMixer):
     def __init__(
         self, shape: AttentionShape, options: RWKV7Options, *, layer_index: int, layer_count: int, first: bool
     ):
-        super().__init__(shape, options, layer_index)
+        super().__init__(shape, options, layer_index, None if options.grouped_kv else shape.heads)
         width, inner = shape.hidden_size, shape.heads * shape.head_size
-        kv_inner = shape.kv_heads * shape.head_size
+        kv_inner = self.kv_heads * shape.head_size
         rank = rounded_rank(1.8 * width**0.5)
         start = decay_bias(inner, layer_index, layer_count)
         self.decay = LowRank(width, rank, inner, torch.tanh, bias=start)
@@ -104,6 +120,11 @@ class RWKV7Mixer(RecurrentMixer):
             nn.Parameter(torch.full((shape.heads, shape.head_size), 0.85)) if raw else None
         )
         self.written_key_mix = nn.Parameter(torch.ones(shape.heads, shape.head_size)) if raw else None
+        self.induction = (
+            InductionBank(width, options.induction_heads, options.backend)
+            if layer_index in options.induction_layers
+            else None
+        )
 
     def become_first(self) -> None:
         """Drops the value residual: this layer's value is now the first."""
@@ -121,7 +142,7 @@ class RWKV7Mixer(RecurrentMixer):
         inputs = self._inputs(hidden, context, memory)
         receptance, key, value = self.project_heads(inputs, positions)
         value = self._mix_first_value(value, inputs["v"], context)
-        value = self.shape.repeat_kv(value)
+        value = self.repeat_kv(value)
         log_decay, written, a, b = fused.prepare(
             self.split(wide(self.decay(inputs["w"]))),
             self.split(wide(self.rate(inputs["a"]))),
@@ -135,7 +156,10 @@ class RWKV7Mixer(RecurrentMixer):
         mixed, state = self.run_operator(operands, memory, context)
         self.remember(memory, state, hidden, context, shifts=self.shift_mix is not None)
         bonus = None if self.bonus is None else (receptance, written, value, self.bonus)
-        return self.finish(mixed, bonus, inputs["g"])
+        output = self.finish(mixed, bonus, inputs["g"])
+        if self.induction is None:
+            return output
+        return output + self.induction(hidden, context, memory, self.elementwise)
 
     def _inputs(
         self, hidden: Tensor, context: SequenceContext, memory: RecurrentCacheLayer | None
