@@ -32,6 +32,7 @@ def main(config: DictConfig) -> float | None:
 
 def convert(config: DictConfig, run: Path, loggers: Any) -> None:
     """What every process of the run does: teacher, student, stages, results."""
+    from conf.stages import build_stage
     from models import ranks
     from models.student_folder import save_student
     from pipeline.results import HeldOut, finish, log_kernels
@@ -57,7 +58,7 @@ def convert(config: DictConfig, run: Path, loggers: Any) -> None:
     for name in config.stages:
         if journal.stage(name):
             continue
-        stage = launch.build(config.stage[name], f"stage.{name}")
+        stage = build_stage(config, name)
         student, facts = run_stage(config, stage, student, teacher, tokenizer, journal, run, loggers.all)
         save_student(student_folder(run, name), student, tokenizer, stage=name)
         held_out.record(name, student, **facts)

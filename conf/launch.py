@@ -10,18 +10,20 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.build import build as build
+from conf.build import root_cause
 from conf.quiet import quieten as quieten
-from conf.ranks import ProcessFailed, check_processes, process_count
+from conf.ranks import ProcessFailed, check_processes
 from conf.run_folder import run_folder
 from conf.run_folder import running as running
+from conf.stages import checked_stage
 from conf.trials import is_trial, record_failure
-from conf.values import check_count, check_evaluation, check_trainer, check_types
+from conf.values import check_count, check_evaluation, check_trainer
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +80,7 @@ def disk_is_full(error: BaseException, folder: Path) -> bool:
 
 def plain_message(error: Exception) -> str:
     """What went wrong, without the machinery around it."""
-    return _root_cause(error) if isinstance(error, InstantiationException) else str(error)
-
-
-def _root_cause(error: BaseException) -> str:
-    """The message of the exception that Hydra wrapped, or of Hydra's own."""
-    while isinstance(error, InstantiationException) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__
-    return str(error)
+    return root_cause(error) if isinstance(error, InstantiationException) else str(error)
 
 
 def device(config: DictConfig) -> str:
@@ -95,35 +90,6 @@ def device(config: DictConfig) -> str:
 
     uses_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if uses_gpu else "cpu"
-
-
-def build(config: Any, key: str, **arguments: Any) -> Any:
-    """Instantiates the config at `key`, its lists and dictionaries as plain Python ones.
-
-    Raises:
-        ValueError: naming the key, where a value is of the wrong type or is refused.
-    """
-    check_types(config, key)
-    try:
-        return hydra.utils.instantiate(config, _convert_="all", **arguments)
-    except InstantiationException as error:
-        cause = _root_cause(error)
-        raise ValueError(cause if cause.startswith(key) else f"{key}: {cause}") from error
-
-
-def stage_data(config: DictConfig, stage: str) -> DictConfig:
-    """The data config of a stage: `data` with the overrides of `stage.<name>.data`.
-
-    Raises:
-        ValueError: where an override is no key of `data`.
-    """
-    overrides = config.stage[stage].get("data") or {}
-    unknown = sorted(set(overrides) - set(config.data))
-    if unknown:
-        raise ValueError(
-            f"stage.{stage}.data: {unknown} is no key of data; keys are {', '.join(config.data)}."
-        )
-    return OmegaConf.merge(config.data, overrides)
 
 
 def check_complete(config: DictConfig) -> None:
@@ -144,6 +110,9 @@ def check(config: DictConfig) -> None:
         ValueError: naming the key and the fix.
         InstantiationException: from Hydra, for a key that a part does not have or a value it refuses.
     """
+    from conf.calibration import check_calibrations
+    from conf.teacher_caches import check_teacher_cache
+
     check_complete(config)
     if not config.stages:
         raise ValueError(f"stages is empty; choose from {', '.join(config.stage)}.")
@@ -178,31 +147,19 @@ def check(config: DictConfig) -> None:
     student = build(
         config.student, "student", **({"_partial_": True} if "model_type" in config.student else {})
     )
-    stages = [_checked_stage(config, name, teacher) for name in config.stages]
+    stages = [checked_stage(config, name, teacher) for name in config.stages]
     for name, callback in config.callbacks.items():
         if callback:
             build(callback, f"callbacks.{name}")
     if teacher.path is not None and config.init_from is None:
-        replaced = _check_student(student, teacher)
-        for stage in stages:
-            if hasattr(stage, "check_candidates"):
-                stage.check_candidates(replaced)
-
-
-def _checked_stage(config: DictConfig, name: str, teacher: Any) -> Any:
-    """A stage that fits its name, the teacher and its data."""
-    stage = build(config.stage[name], f"stage.{name}")
-    if stage.name != name:
-        raise ValueError(f"stage.{name}.name={stage.name!r} must be {name!r}: results are kept by it.")
-    if teacher.path is None and getattr(getattr(stage, "objective", None), "needs_teacher", True):
-        raise ValueError(
-            f"stage.{name} needs a teacher; teacher.path is null. Choose teacher=tiny_qwen2 or teacher=hub."
-        )
-    data = build(stage_data(config, name), "data", tokenizer=None)
-    if hasattr(stage, "steps"):
-        rows = data.rows_per_device * process_count(config)
-        stage.steps(data.row_length * rows * stage.accumulate)  # refuses a budget of less than one step
-    return stage
+        selections = [stage for stage in stages if hasattr(stage, "check_candidates")]
+        replaced = _check_student(student, teacher, selects=bool(selections))
+        for stage in selections:
+            stage.check_candidates(replaced)
+    _check_layers(config, stages, student, teacher)
+    check_calibrations(config, stages, student, teacher)
+    for stage in stages:
+        check_teacher_cache(config, stage)
 
 
 def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -215,11 +172,17 @@ def check_overrides(config: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         ValueError: for a stage that `stages` does not name, or a student beside `init_from`.
     """
+    described = {config.stage[name].get("of") for name in config.stages if name in config.stage}
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         parts = key.split(".")
-        if parts[0] == "stage" and len(parts) > 2 and parts[1] not in config.stages:
+        if parts[0] == "stage" and len(parts) > 2 and parts[1] not in {*config.stages, *described}:
             raise ValueError(f"{override} has no effect: {parts[1]} is not in stages={list(config.stages)}.")
+        if parts[0] == "layer_plan" and "select" not in config.stages:
+            raise ValueError(
+                f"{override} has no effect: select is not in stages={list(config.stages)}; add it, such as "
+                "stages=[align,select,distill]."
+            )
         if parts[0] == "student" and config.init_from is not None:
             raise ValueError(f"{override} has no effect: init_from={config.init_from} brings the student.")
 
@@ -260,22 +223,45 @@ def _hidden(value: Any, key: str, mark: str) -> list[str]:
     return [key] if isinstance(value, str) and mark in value else []
 
 
-def _check_student(student: Any, teacher: Any) -> int:
-    """Holds the layer plan against the teacher's shape, which its config file tells; layers replaced."""
+def _check_student(student: Any, teacher: Any, selects: bool) -> int:
+    """Holds the layer plan against the teacher's shape, which its config file tells; layers replaced.
+
+    Where a stage selects layers, what they get must have options too.
+    """
     from models.conversion import check_plan
     from models.layer_plan import ATTENTION
     from models.mixers import MIXERS
     from models.teacher import load_hf_config
 
-    replaced = [name for name in check_plan(student, load_hf_config(teacher)) if name != ATTENTION]
-    missing = sorted(set(replaced) - set(student.mixers))
+    kept = student.layer_plan.kept
+    plan = check_plan(student, load_hf_config(teacher))
+    used = {*plan, kept} if selects else set(plan)
+    missing = sorted(used - set(student.mixers) - {ATTENTION})
     if missing:
         raise ValueError(
             f"student.layer_plan names {', '.join(missing)}, whose options student.mixers lacks; choose a "
             f"student that has them, or add them: '+student.mixers.{missing[0]}._target_=models.mixers."
             f"{MIXERS[missing[0]].options_class.__name__}'."
         )
-    return len(replaced)
+    return sum(name not in (ATTENTION, kept) for name in plan)
+
+
+def _check_layers(config: DictConfig, stages: Sequence[Any], student: Any, teacher: Any) -> None:
+    """Holds what stages say about single layers against the layers that there are."""
+    objectives = {stage.name: getattr(stage, "objective", None) for stage in stages}
+    if not any(getattr(objective, "layer_weights", None) for objective in objectives.values()):
+        return
+    from models.conversion import check_plan
+    from models.teacher import load_hf_config
+
+    hf_config = load_hf_config(teacher)
+    if config.init_from is None:
+        plan = check_plan(student, hf_config)
+    else:  # which of them are replaced, the student's own folder says
+        plan = [""] * hf_config.get_text_config().num_hidden_layers
+    for name, objective in objectives.items():
+        if hasattr(objective, "check_layers"):
+            objective.check_layers(plan, f"stage.{name}.objective")
 
 
 def show_plan(config: DictConfig, student: Any) -> None:

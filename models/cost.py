@@ -20,7 +20,7 @@ attention adds 23 %, so a long stage with a teacher or with kept layers pays for
 
 These are rules of thumb, as the literature counts. The code does a little less: a mixer's first maps give the
 teacher's hidden state no gradient, and torch stops computing a layer again before its last map. Sparse
-attention counts as attention to all keys, whose masks it does compute.
+and windowed attention count as attention to all keys; sparse attention does compute masks of all.
 Not counted: evaluation, text samples, checkpoints, reading data.
 """
 

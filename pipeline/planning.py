@@ -1,11 +1,14 @@
 """What a composed run would cost: its models are counted without weights, its stages priced one by one."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
-from conf.launch import build, stage_data
+from conf.launch import build
+from conf.stages import build_stage, stage_data
+from models.calibration import CalibrateMixers
 from models.conversion import build_student, check_plan, restore_attention
 from models.cost import Hardware, Work, flops_per_token, kind_of, seconds
 from models.layer_plan import ATTENTION
@@ -14,6 +17,8 @@ from models.outline import Outline, outline, teacher_plan
 from models.selection import SelectLayers
 from models.stage import StageConfig
 from models.teacher import DTYPES, teacher_outline
+from models.teacher_targets import CacheTeacher
+from models.timeline import Timeline
 
 PROBE = 2**16  # parameters on which an optimiser's state is measured
 
@@ -44,16 +49,21 @@ def make_plan(config: DictConfig, hardware: Hardware) -> dict[str, Any]:
     devices = 1 if single else hardware.devices * hardware.nodes
     entries, hosts = [], []
     for name in config.stages:
-        stage = build(config.stage[name], f"stage.{name}")
+        stage = build_stage(config, name)
         work = stage_work(config, stage, watched, outline(student, layers))
         setting = stage_setting(config, stage, teacher_config.dtype, hardware)
-        entries.append(price(name, stage, work, setting, hardware, devices))
+        read = selection_tokens(stage, work)
+        if isinstance(stage, CacheTeacher):
+            read = int(config.stage[stage.of].tokens)
+        entries.append(price(name, stage, work, setting, hardware, devices, read))
         hosts.append(host_memory(work, setting, 1 if single else hardware.devices))
         if isinstance(stage, SelectLayers):
             # Which layers it will keep is not known; the first ones cost the same.
-            kept = [index for index, layer in enumerate(layers) if layer != ATTENTION][: stage.keep]
-            restore_attention(student, teacher, kept, trainable=True)
-            layers = [ATTENTION if index in kept else layer for index, layer in enumerate(layers)]
+            name = student_config.layer_plan.kept
+            replaced = [index for index, layer in enumerate(layers) if layer not in (ATTENTION, name)]
+            kept = replaced[: stage.keep]
+            restore_attention(student, teacher, kept, trainable=True, config=student_config)
+            layers = [name if index in kept else layer for index, layer in enumerate(layers)]
     hours = sum(entry["hours"] for entry in entries)
     return {
         "hardware": {"name": hardware.name, "devices": devices, "capacity_gb": hardware.capacity / GIGABYTE},
@@ -61,7 +71,7 @@ def make_plan(config: DictConfig, hardware: Hardware) -> dict[str, Any]:
         "stages": entries,
         "total": {"hours": hours, "cost": sum(e["cost"] for e in entries), "currency": hardware.currency},
         "host_memory_gb": max(hosts) / GIGABYTE,
-        "notes": notes(config, hardware),
+        "notes": notes(config, hardware) + expert_notes(watched),
     }
 
 
@@ -69,14 +79,18 @@ def stage_work(
     config: DictConfig, stage: StageConfig | SelectLayers, teacher: Outline, student: Outline
 ) -> Work:
     """What a stage does, as the cost model wants it."""
-    data = stage_data(config, stage.name)
+    data = stage_data(config, getattr(stage, "of", stage.name))
     objective = getattr(stage, "objective", None)
+    cached = getattr(objective, "teacher_cache", None) is not None
+    if isinstance(stage, CacheTeacher):  # the teacher alone runs
+        student, cached = teacher, True
     rates = getattr(stage, "learning_rate", {"mixers": 0.0, "rest": 0.0})
     return Work(
         kind=kind_of(objective),
         student=student,
         teacher=teacher,
-        asks_teacher=getattr(objective, "needs_teacher", True),
+        # A reference is a copy of the student, which costs about what the teacher does.
+        asks_teacher=not cached and (getattr(objective, "needs_teacher", True) or _has_reference(objective)),
         mixers_trained=rates["mixers"] > 0,
         rest_trained=rates["rest"] > 0,
         row_length=data.row_length,
@@ -96,10 +110,15 @@ def stage_setting(
         rows=data.rows_per_device,
         accumulate=getattr(stage, "accumulate", 1),
         chunk_tokens=getattr(getattr(stage, "objective", None), "chunk_tokens", 0),
-        teacher_bytes=DTYPES[teacher_dtype].itemsize,
+        teacher_bytes=DTYPES[teacher_dtype].itemsize + 4 * _has_reference(getattr(stage, "objective", None)),
         optimizer_bytes=optimizer_bytes(stage),
         masked=not data.cross_documents,
     )
+
+
+def _has_reference(objective: Any) -> bool:
+    """Whether a frozen float32 copy of the student stands beside the teacher."""
+    return getattr(objective, "needs_reference", False)
 
 
 def optimizer_bytes(stage: StageConfig | SelectLayers) -> float:
@@ -121,45 +140,78 @@ def price(
     setting: Setting,
     hardware: Hardware,
     devices: int,
+    read: int,
 ) -> dict[str, Any]:
-    """One stage as plain data: work, time, money, memory, and what would make it fit."""
-    tokens_per_step = setting.rows * work.row_length * setting.accumulate * devices
-    steps, tokens = None, selection_tokens(stage, work)
+    """One stage as plain data: work, time, money, memory, and what would make it fit.
+
+    A stage that does not train reads `read` tokens.
+
+    Where rows change their length, memory is that of the rows that need most.
+    """
+    steps, parts = None, [(work, setting, read)]
     if isinstance(stage, StageConfig):
-        steps = stage.steps(tokens_per_step)
-        tokens = steps * tokens_per_step
-    each = flops_per_token(work)
-    hours = seconds(each * tokens, work.kind, hardware, devices, setting.precision) / 3600
-    parts = memory(work, setting)
-    total = sum(parts.values())
+        timeline = stage.timeline(row_length=work.row_length, rows_per_device=setting.rows, devices=devices)
+        steps, parts = timeline.steps, _by_row_length(timeline, work, setting)
+    tokens = sum(count for *_, count in parts)
+    flops = sum(flops_per_token(case) * count for case, _, count in parts)
+    hours = seconds(flops, work.kind, hardware, devices, setting.precision) / 3600
+    index = max(range(len(parts)), key=lambda index: sum(memory(*parts[index][:2]).values()))
+    largest = parts[index][:2]
+    rows_at = f"row_lengths.{index}" if getattr(stage, "row_lengths", []) else "data"
+    needed = memory(*largest)
+    total = sum(needed.values())
     fits = total <= hardware.capacity
-    found = None if fits else make_it_fit(work, setting, hardware.capacity)
+    found = None if fits else make_it_fit(*largest, hardware.capacity)
     return {
         "name": name,
         "kind": work.kind,
         "tokens": tokens,
         "steps": steps,
-        "tokens_per_step": tokens_per_step,
+        "row_lengths": [{"row_length": case.row_length, "tokens": count} for case, _, count in parts],
         "trained": work.trained,
-        "flops_per_token": each,
-        "flops": each * tokens,
+        "flops_per_token": flops / max(tokens, 1),
+        "flops": flops,
         "hours": hours,
-        "tokens_per_second": tokens / (3600 * hours),
+        "tokens_per_second": tokens / (3600 * hours) if hours else 0.0,
         "cost": hours * devices * hardware.price_per_device_hour,
-        "memory_gb": {key: value / GIGABYTE for key, value in parts.items()},
+        "memory_gb": {key: value / GIGABYTE for key, value in needed.items()},
         "total_gb": total / GIGABYTE,
         "fits": fits,
-        "makes_it_fit": None if found is None else overrides(name, (work, setting), found),
+        "makes_it_fit": None if found is None else overrides(name, largest, found, rows_at),
     }
 
 
+def _by_row_length(timeline: Timeline, work: Work, setting: Setting) -> list[tuple[Work, Setting, int]]:
+    """What a stage does while its rows have one length, how, and over how many tokens."""
+    return [
+        (
+            replace(work, row_length=phase.row_length),
+            replace(setting, rows=phase.rows_per_device),
+            phase.steps * phase.tokens_per_step,
+        )
+        for phase in timeline.phases
+    ]
+
+
 def selection_tokens(stage: StageConfig | SelectLayers, work: Work) -> int:
-    """Tokens that a selection looks at: packed rows and passages shown twice, for each replaced layer and
-    once more."""
-    if isinstance(stage, StageConfig):
+    """Tokens that a calibration or a selection reads, those read again included."""
+    if isinstance(stage, StageConfig | CacheTeacher):
         return 0
+    if isinstance(stage, CalibrateMixers):
+        return stage.tokens_read(work.row_length)
     replaced = sum(layer != ATTENTION for layer in work.student.plan)
-    return 2 * stage.rows * work.row_length * (replaced + 1)
+    return stage.tokens_read(work.row_length, replaced)
+
+
+def expert_notes(teacher: Outline) -> list[str]:
+    """What is different about a teacher whose tokens each go through some of its experts."""
+    if not teacher.idle:
+        return []
+    share = 1 - teacher.idle / teacher.parameters
+    return [
+        f"A token meets {share:.0%} of the teacher's parameters, the router's choice of experts: all of them "
+        "take memory, those alone take time."
+    ]
 
 
 def notes(config: DictConfig, hardware: Hardware) -> list[str]:

@@ -100,13 +100,15 @@ def finish(
 def _write(
     config: DictConfig, summary: dict[str, Any], decoding: dict | None, journal: Journal, folder: Path
 ) -> None:
-    positions = {stage["name"]: stage["positions"] for stage in journal.stages if stage["name"] != "select"}
+    shown = [stage for stage in journal.stages if stage["name"] != "select"] or journal.stages
+    positions = {stage["name"]: stage["positions"] for stage in shown}
     teacher_positions = journal.facts.get("teacher", {}).get("positions")
     length = len(next(iter(positions.values())))
+    metrics = folder / "metrics.csv"  # a run that only chooses layers has none
     draw_plots(
         folder,
         summary=summary,
-        rows=read_metrics(folder / "metrics.csv"),
+        rows=read_metrics(metrics) if metrics.exists() else [],
         loss_metrics=[f"{name}/loss" for name in config.stages],
         positions={
             "positions": list(range(1, length + 1)),
@@ -123,6 +125,7 @@ def _write(
         command=_command(folder),
         config=OmegaConf.to_container(config, resolve=True),
         transfer=journal.facts.get("transfer", ()),
+        scores=journal.facts.get("selection"),
     )
     write_summary(folder / "summary.json", summary)  # last: a run that has it is finished
     console = Console()

@@ -5,6 +5,7 @@ import logging
 import re
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,16 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conf import launch
 from conf.launch import build
+from conf.stages import build_stage_data
 from models import ranks
 from models.architectures import attention_modules
 from models.config import StudentConfig
-from models.conversion import (
-    TransferRow,
-    attention_prefix,
-    build_student,
-    check_plan,
-    restore_attention,
-)
+from models.conversion import build_student, check_plan, kept_module, restore_attention
 from models.layer_plan import ATTENTION, LayerPlan
 from models.parallelize import (
     connect,
@@ -34,6 +30,7 @@ from models.parallelize import (
 )
 from models.student_folder import Student, empty_student, load_student, model_folder
 from models.teacher import load_teacher, teacher_outline
+from models.transfer import TransferRow, attention_prefix
 from reports.journal import Journal
 
 log = logging.getLogger(__name__)
@@ -62,8 +59,17 @@ def load_models(
 
 
 def load_run_tokenizer(config: DictConfig) -> PreTrainedTokenizerBase | None:
-    """The run's tokenizer; None in a dry run that has the teacher's shape alone."""
-    return None if _is_outlined(config) else build(config.tokenizer, "tokenizer")
+    """The run's tokenizer; None in a dry run that has the teacher's shape alone.
+
+    Raises:
+        ValueError: where the data of a stage needs what it has not, such as a chat template.
+    """
+    if _is_outlined(config):
+        return None
+    tokenizer = build(config.tokenizer, "tokenizer")
+    for name in config.stages:
+        build_stage_data(config, name, tokenizer=tokenizer)
+    return tokenizer
 
 
 def _load_teacher(config: DictConfig) -> PreTrainedModel | None:
@@ -121,23 +127,72 @@ def _starting_student(
 def with_kept_layers(
     config: DictConfig, student: Student, teacher: PreTrainedModel, layers: list[int]
 ) -> Student:
-    """The student with the teacher's attention, as a trainable copy, in the given layers."""
-    plan = [ATTENTION if index in layers else name for index, name in enumerate(student.plan)]
+    """The student with what its config has for kept layers in the given ones: a trainable copy of the
+    teacher's attention, or a mixer with its weights.
+
+    What such a mixer draws depends on `seed` alone, not on processes and stages before.
+    """
+    kept = student.config.layer_plan.kept
+    plan = [kept if index in layers else name for index, name in enumerate(student.plan)]
     if not is_sharded(student.model):
-        restore_attention(student.model, teacher, layers, trainable=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            restore_attention(student.model, teacher, layers, trainable=True, config=student.config)
         return Student(student.model, plan, student.config)
     # What a sharded model is made of cannot be exchanged: the student is made anew, from whole tensors.
     model = empty_student(student.model.config, student.config, plan)
     tensors = full_tensors(student.model)
-    for index in layers:
-        prefix = attention_prefix(teacher, index)
-        attention = full_tensors(attention_modules(teacher)[index])
-        tensors |= {f"{prefix}.{name}": tensor for name, tensor in attention.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        for index in layers:
+            prefix = attention_prefix(teacher, index)
+            attention = full_tensors(attention_modules(teacher)[index])
+            if student.config.is_mixer(kept):
+                attention = kept_module(teacher, index, student.config, attention).state_dict()
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in attention.items()}
     model.load_state_dict({name: tensors[name] for name in model.state_dict()})
     device = launch.device(config)
     shard(model.train(), device, process_mesh(device))
     _make_ready(config, model)
     return Student(model, plan, student.config)
+
+
+def with_induction(config: DictConfig, student: Student, layers: list[int]) -> Student:
+    """The student with a bank of induction heads in the RWKV-7 mixers of the given layers.
+
+    It computes what it did, because a bank starts at 0. What a bank draws depends on `seed` alone.
+    """
+    options = student.config.options("rwkv7")
+    banks = sorted({*options.induction_layers, *layers})
+    mixers = {**student.config.mixers, "rwkv7": replace(options, induction_layers=banks)}
+    changed = replace(student.config, mixers=mixers)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = empty_student(student.model.config, changed, student.plan)
+    model.load_state_dict(model.state_dict() | full_tensors(student.model))
+    device, model = launch.device(config), model.train()
+    if is_sharded(student.model):
+        shard(model, device, process_mesh(device))
+    else:
+        model.to(device)
+    _make_ready(config, model)
+    return Student(model, student.plan, changed)
+
+
+def frozen_copy(config: DictConfig, student: Student) -> PreTrainedModel:
+    """The student as it stands, never to change again, where `strategy` wants it.
+
+    A stage asks for it before it loads its own checkpoint. So a run that goes on in the middle of the stage
+    makes the same copy again, from the student that the stage before has left.
+    """
+    model = empty_student(student.model.config, student.config, student.plan)
+    model.load_state_dict(full_tensors(student.model))
+    model.requires_grad_(False).eval()
+    if is_sharded(student.model):
+        device = launch.device(config)
+        shard(model, device, process_mesh(device))
+        connect(model)
+    return model
 
 
 def reference_loss(config: DictConfig, journal: Journal) -> float | None:

@@ -3,8 +3,10 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
@@ -14,12 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from callbacks.checkpoint import checkpoint_metrics, checkpoint_step, newest_checkpoint
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.panels import panel_loggers
-from conf.launch import build, stage_data
+from conf.launch import build, device
+from conf.stages import build_stage_data, stage_timeline
+from conf.teacher_caches import check_reading
+from data.datamodule import BatchShape, TextDataModule
 from models import ranks
 from models.distill_module import ConversionModule
+from models.evaluation import evaluate
 from models.stage import StageConfig
+from models.timeline import Timeline
 
 log = logging.getLogger(__name__)
+STRETCHES = 16  # of a row, in the held-out loss along it
 
 
 def train_stage(
@@ -32,49 +40,86 @@ def train_stage(
     *,
     run_folder: Path,
     tokens_before: int,
-) -> dict[str, float]:
+    reference: PreTrainedModel | None = None,
+) -> dict[str, Any]:
     """Trains the student in place, from the stage's newest checkpoint if it was interrupted.
 
     Returns:
-        {"tokens", "seconds"}: trained on, and wall-clock time of the stage, earlier attempts included.
+        {"tokens", "seconds"}: trained on, and wall-clock time of the stage, earlier attempts included; with a
+        table of row lengths also "longer_rows", see `held_out_curve`.
 
     Raises:
         SystemExit: where training was asked to stop (a signal); the run can be resumed.
     """
-    data = build(stage_data(config, stage.name), "data", tokenizer=tokenizer)
+    data = build_stage_data(config, stage.name, tokenizer=tokenizer)
     data.prepare_data()
-    tokens_per_step = data.row_length * data.rows_per_device * stage.accumulate * ranks.world_size()
+    if getattr(stage.objective, "teacher_cache", None) is not None:
+        check_reading(config, stage, tokenizer)  # an earlier stage may just have written it
+        data.teach_from(stage.objective.teacher_cache)
+    timeline = stage_timeline(config, stage, ranks.world_size())
+    data.train_on(batch_shapes(timeline, stage.accumulate))
     module = ConversionModule(
         student,
         teacher,
         stage,
         tokenizer=tokenizer,
-        tokens_per_step=tokens_per_step,
+        timeline=timeline,
         tokens_before=tokens_before,
+        reference=reference,
     )
     resume = _resume_point(config, run_folder / "checkpoints" / stage.name)
     callbacks = [
         build(callback, f"callbacks.{name}") for name, callback in config.callbacks.items() if callback
     ]
-    _begin_loggers(loggers, stage.name, tokens_before, tokens_per_step, resume)
-    trainer = build_trainer(config, stage, module.steps, loggers, callbacks)
+    _begin_loggers(loggers, module, resume)
+    trainer = build_trainer(config, stage, timeline.steps, loggers, callbacks)
     started = time.perf_counter()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except CheckpointException as error:  # derives from BaseException, which nobody expects of an error
         raise RuntimeError(str(error)) from error
-    if trainer.should_stop or trainer.global_step < module.steps:  # asked to, perhaps in the last step
-        log.warning(
-            "Stage %s stopped at step %d of %d; resume it with ckpt_path=auto.",
-            stage.name,
-            trainer.global_step,
-            module.steps,
-        )
+    if trainer.should_stop or trainer.global_step < timeline.steps:  # asked to, perhaps in the last step
+        where = (stage.name, trainer.global_step, timeline.steps)
+        log.warning("Stage %s stopped at step %d of %d; resume it with ckpt_path=auto.", *where)
         raise SystemExit(1)
     clock = next(
         (c.seconds for c in callbacks if type(c).__name__ == "Throughput"), time.perf_counter() - started
     )
-    return {"tokens": module.steps * tokens_per_step, "seconds": clock}
+    facts = {"tokens": timeline.tokens, "seconds": clock}
+    return facts | ({"longer_rows": held_out_curve(config, student, data)} if stage.row_lengths else {})
+
+
+def held_out_curve(
+    config: DictConfig, student: PreTrainedModel, data: TextDataModule
+) -> dict[str, Any] | None:
+    """How well the student predicts held-out text along rows of the stage's last length.
+
+    Returns:
+        {"row_length", "loss", "by_position"}: the mean, and [last token, mean up to it from the entry before]
+        for each of (at most) 16 equal parts of a row; None where the held-out text fills no such row.
+    """
+    try:
+        batches = data.validation_batches(max(1, data.validation_rows // 4))
+    except ValueError as error:
+        log.warning("No held-out figure for rows of %d tokens: %s", data.row_length, error)
+        return None
+    sums = evaluate(student.to(device(config)), None, batches)
+    stretches = min(STRETCHES, data.row_length)
+    parts = [sums.by_position[name].tensor_split(stretches) for name in ("loss", "count")]
+    means = [float(loss.sum() / count.sum().clamp_min(1)) for loss, count in zip(*parts, strict=True)]
+    ends = np.cumsum([len(loss) for loss in parts[0]]).tolist()
+    mean = sums.means()["loss"]
+    words = (data.row_length, mean, means[0], means[-1])
+    log.info("Held-out loss on rows of %d tokens: %.4g; at their beginning %.4g, at their end %.4g", *words)
+    return {"row_length": data.row_length, "loss": mean, "by_position": list(zip(ends, means, strict=True))}
+
+
+def batch_shapes(timeline: Timeline, accumulate: int) -> list[BatchShape]:
+    """What each device reads in a stage, in the data module's words."""
+    return [
+        BatchShape(phase.steps * accumulate, phase.row_length, phase.rows_per_device)
+        for phase in timeline.phases
+    ]
 
 
 def _resume_point(config: DictConfig, folder: Path) -> Path | None:
@@ -94,15 +139,13 @@ def _resume_point(config: DictConfig, folder: Path) -> Path | None:
     return resume
 
 
-def _begin_loggers(
-    loggers: list[Logger], stage: str, tokens_before: int, tokens_per_step: int, resume: Path | None
-) -> None:
+def _begin_loggers(loggers: list[Logger], module: ConversionModule, resume: Path | None) -> None:
     """Tells tables and panels where the stage stands, and what was logged at the step it goes on from."""
     for table in (logger for logger in loggers if isinstance(logger, MetricsCsv)):
-        table.begin_stage(stage, tokens_before, tokens_per_step)
-        _rewind(table, stage, resume)
+        table.begin_stage(module.stage_name, module.tokens_at)
+        _rewind(table, module.stage_name, resume)
     for panel in panel_loggers(loggers) if resume is not None else ():
-        panel.begin_stage(stage, tokens_before, tokens_per_step)
+        panel.begin_stage(module.stage_name, module.tokens_at)
         panel.log_metrics(checkpoint_metrics(resume), step=checkpoint_step(resume) - 1)
 
 

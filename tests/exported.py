@@ -25,7 +25,8 @@ STUDENTS = {
     "qwen3-first_kept-arwkv": ("qwen3", (0,), "rwkv7", ARWKV),
     "qwen2-pure-arwkv": ("qwen2_tied", (), "rwkv7", ARWKV | {"gate": "full"}),
     "llama-all_kept": ("llama", (0, 1, 2), "rwkv7", {}),
-    **{f"qwen3-{name}": ("qwen3", (-1,), name, {}) for name in MIXERS if name != "rwkv7"},
+    "qwen3-attention": ("qwen3", (), "attention", {"rope": False, "gate": "low"}),
+    **{f"qwen3-{name}": ("qwen3", (-1,), name, {}) for name in MIXERS if name not in ("rwkv7", "attention")},
 }
 
 

@@ -48,6 +48,8 @@ def test_experiments_compose_and_pass_the_checks(experiment: str):
 def test_every_choice_of_a_group_composes(group: str):
     extra = {
         "files": ["data.sources.text.paths=[README.md]"],
+        "chat": ["data.sources.chat.paths=[README.md]"],
+        "preferences": ["data.sources.pairs.paths=[README.md]"],
         "hub": ["teacher.path=x", "teacher.revision=y"],
     }
     for choice in choices(group):
@@ -74,6 +76,11 @@ def test_every_choice_of_a_group_composes(group: str):
         (["student.layer_plan.keep=[9]"], ["student.layer_plan.keep", "9", "4 layers"]),
         (["student.layer_plan.layers=[rwkv7,attention]"], ["2 entries", "4 layers"]),
         (["student.layer_plan.mixer=rwkv9"], ["rwkv9", "unknown", "rwkv7"]),
+        (["student.layer_plan.kept=rwkv9"], ["rwkv9", "unknown", "attention"]),
+        (["student.layer_plan.keep=[0]", "student.layer_plan.every=2"], ["keep and every", "null"]),
+        (["student.layer_plan.pattern=3"], ["student.layer_plan.pattern", "a text"]),
+        (["student.layer_plan.file=nowhere"], ["student.layer_plan.file=nowhere", "there is no"]),
+        (["student.mixers.attention.gate=wide"], ["student.mixers.attention.gate", "wide", "silu"]),
         (["student.mixers.rwkv7.gate=wide"], ["gate", "wide", "low"]),
         (["student.mixers.rwkv7.rate_range=3"], ["rate_range", "(0, 2]"]),
         (["stage.distill.tokens=0"], ["stage.distill.tokens=0"]),
@@ -185,7 +192,7 @@ PLACEHOLDERS = {
 }
 # `python x.py ...` or `torchrun ... x.py ...`, on a line of its own up to its comment, or between backticks.
 # The first is run in test_sweep.py, the second needs a GPU.
-OTHER_PROGRAMS = ("pipeline.sweep", "kernels.fused.measure", "pip", "venv")
+OTHER_PROGRAMS = ("pipeline.sweep", "pipeline.token_efficiency", "kernels.fused.measure", "pip", "venv")
 COMMAND = re.compile(
     r"(?:^ +|`)(?:[\w./]*python|torchrun(?: --[\w=]+)+) (?:-m )?([\w.]+)((?:(?! {2,}| *#)[^`\n])*)",
     re.MULTILINE,
