@@ -10,6 +10,8 @@ import numpy as np
 
 from reports.plots import COLOURS, DASHES, _figure, _save, _token_scale
 
+TICKS = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0)  # nats/token
+
 
 class Curve(NamedTuple):
     """One run's held-out KL over training.
@@ -54,13 +56,14 @@ def efficiency_plot(path: str | Path, recipes: Mapping[str, Sequence[Curve]], le
     for index, (name, runs) in enumerate(recipes.items()):
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": DASHES[index % len(DASHES)]}
         for number, curve in enumerate(runs):
-            label = f"{name} ({len(runs)} runs)" if number == 0 else None
+            label = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})" if number == 0 else None
             axes.plot(curve.tokens / scale, curve.kl, linewidth=1.4, alpha=0.8, label=label, **style)
         reached = [tokens for curve in runs if (tokens := curve.tokens_until(level)) is not None]
         axes.plot([tokens / scale for tokens in reached], [level] * len(reached), "o", color=style["color"])
     axes.axhline(level, color="#444444", linewidth=1, label=f"level: {level:g}")
+    axes.set_xlim(left=0)
     axes.set_yscale("log")
-    ticks = [tick for tick in (0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0) if _shown(tick, curves)]
+    ticks = [tick for tick in TICKS if _shown(tick, curves)]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend()

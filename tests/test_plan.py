@@ -116,7 +116,7 @@ LONG = [
             "extend",
             ["trainer.recompute_blocks=true", "strategy=fsdp"],
         ),
-        (SINGLE, "distill", ["stage.distill.data.rows_per_device=1", "stage.distill.accumulate=12"]),
+        (SINGLE, "distill", ["stage.distill.data.rows_per_device=3", "stage.distill.accumulate=4"]),
         (
             ["hardware=8xh100", "hardware.memory_gib=66", *LONG],
             "distill",

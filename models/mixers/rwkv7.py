@@ -69,6 +69,7 @@ class RWKV7Options:
         check_choice("kernel.wkv7", self.backend, ("auto", *(backend.name for backend in BACKENDS)))
         if not 0 < self.rate_range <= 2:
             raise ValueError(f"student.mixers.rwkv7.rate_range={self.rate_range} must lie in (0, 2].")
+        object.__setattr__(self, "induction_layers", tuple(self.induction_layers))  # a file gives a list
         if self.induction_heads < 1:
             raise ValueError(
                 f"student.mixers.rwkv7.induction_heads={self.induction_heads} must be at least 1; leave "
