@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens, n tokens of one row, D hidden width, H heads, N
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from models import ranks
 from models.align import beside_attention
 from models.architectures import architecture_of, attention_modules
 from models.backbone import document_positions
+from models.evaluation import own_batches
 from models.mixers.base import Mixer
 
 SCALES = (0.1, 10.0)  # of a head's output, at least and at most
@@ -85,14 +87,13 @@ def observe(
     Raises:
         ValueError: where the teacher's attention tells no probabilities.
     """
-    attention, rows = attention_modules(teacher), single_rows(batches)
+    attention = attention_modules(teacher)
     projection = architecture_of(teacher.config.model_type).output
-    device = next(teacher.parameters()).device
     sums: dict[int, Tensor] = {}
 
-    def visit(index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
+    def visit(counts: bool, index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
         mixer = mixers[index]
-        output, _ = mixer(**{name: in_float32(value) for name, value in kwargs.items()})
+        output, _ = mixer(**in_float32(kwargs))
         real = document_ids[0] >= 0
         outputs = [x[0][real].double() for x in (given[0], output)]
         heads = [
@@ -109,12 +110,9 @@ def observe(
         _inputs({index: getattr(attention[index], projection) for index in mixers}) as teacher_heads,
         _inputs({index: mixer.output for index, mixer in mixers.items()}) as student_heads,
     ):
-        for start in range(0, len(rows), ranks.world_size()):
-            number = start + ranks.rank()
-            counts = number < len(rows)  # where the last round is not full, a process repeats a row
-            row = {name: tensor.to(device) for name, tensor in rows[number if counts else 0].items()}
+        for counts, row in own_rows(batches, next(teacher.parameters()).device):
             document_ids = row["document_ids"]
-            beside_attention(list(mixers), teacher, row, visit)
+            beside_attention(list(mixers), teacher, row, partial(visit, counts))
     return {index: HeadFacts(*ranks.total(sums[index])) for index in mixers}
 
 
@@ -136,6 +134,15 @@ def attention_reach(probabilities: Tensor, document_ids: Tensor) -> tuple[Tensor
     chooses = real & (seen > 1)
     entropy = torch.special.entr(chances[:, chooses]).sum(-1) / seen[chooses].log()
     return distance.double().sum(-1), entropy.double().sum(-1), chooses.sum().double()
+
+
+def own_rows(
+    batches: Sequence[dict[str, Tensor]], device: torch.device
+) -> Iterator[tuple[bool, dict[str, Tensor]]]:
+    """This process's share of the rows, one at a time on a device, each with whether it counts: where the
+    last round is not full, a process repeats a row."""
+    for index, row in own_batches(single_rows(batches)):
+        yield index is not None, {name: tensor.to(device) for name, tensor in row.items()}
 
 
 def single_rows(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -192,7 +199,9 @@ def _inputs(modules: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
 
 
 def in_float32(value: Any) -> Any:
-    """Float tensors, also those in tuples, in float32, as mixers have their weights."""
+    """Float tensors, also those in tuples and dictionaries, in float32, as mixers have their weights."""
+    if isinstance(value, dict):
+        return {name: in_float32(part) for name, part in value.items()}
     if isinstance(value, tuple):
         return tuple(in_float32(part) for part in value)
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value

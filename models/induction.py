@@ -6,6 +6,7 @@ M heads of the bank, N their size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from models import ranks
 from models.align import beside_attention
-from models.head_facts import SCALES, in_float32, probabilities_of, single_rows, telling_probabilities
+from models.head_facts import SCALES, in_float32, own_rows, probabilities_of, telling_probabilities
 from models.in_place import assign, whole
 from models.mixers.base import Mixer
 from models.mixers.induction_bank import HEAD_SIZE
@@ -71,10 +72,9 @@ def read_copies(
     Raises:
         ValueError: where the teacher's attention tells no probabilities.
     """
-    rows, device = single_rows(copies), next(teacher.parameters()).device
     sums: dict[int, list[Tensor]] = {}
 
-    def visit(index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
+    def visit(counts: bool, index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
         hidden = kwargs["hidden_states"][0].double()
         attention = probabilities_of(given)[0].double()
         passage = len(hidden) // 2
@@ -86,11 +86,8 @@ def read_copies(
         sums[index] = [a + b for a, b in zip(sums[index], found, strict=True)] if index in sums else found
 
     with torch.no_grad(), telling_probabilities(teacher):
-        for start in range(0, len(rows), ranks.world_size()):
-            number = start + ranks.rank()
-            counts = float(number < len(rows))  # where the last round is not full, a process repeats a row
-            row = {name: tensor.to(device) for name, tensor in rows[number if counts else 0].items()}
-            beside_attention(layers, teacher, row, visit)
+        for counts, row in own_rows(copies, next(teacher.parameters()).device):
+            beside_attention(layers, teacher, row, partial(visit, counts))
     return {index: LayerInputs(*(ranks.total(part) for part in parts)) for index, parts in sums.items()}
 
 
@@ -144,11 +141,11 @@ def scale_banks(
         teacher: in evaluation mode.
         batches: rows; several processes divide them.
     """
-    rows, device = single_rows(batches), next(teacher.parameters()).device
+    device = next(teacher.parameters()).device
     sums = {index: torch.zeros(2, dtype=torch.float64, device=device) for index in mixers}
     said: dict[int, Tensor] = {}
 
-    def visit(index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
+    def visit(counts: bool, index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
         output, _ = mixers[index](**in_float32(kwargs))
         bank = said[index].double()
         lacking = given[0].double() - (output.double() - bank)
@@ -159,11 +156,8 @@ def scale_banks(
 
     handles = [listen(index) for index in mixers]
     with torch.no_grad():
-        for start in range(0, len(rows), ranks.world_size()):
-            number = start + ranks.rank()
-            counts = float(number < len(rows))  # where the last round is not full, a process repeats a row
-            row = {name: tensor.to(device) for name, tensor in rows[number if counts else 0].items()}
-            beside_attention(list(mixers), teacher, row, visit)
+        for counts, row in own_rows(batches, device):
+            beside_attention(list(mixers), teacher, row, partial(visit, counts))
         for handle in handles:
             handle.remove()
         for index, mixer in mixers.items():

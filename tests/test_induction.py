@@ -137,6 +137,10 @@ def test_a_bank_is_as_loud_as_what_its_mixer_lacks():
     before = mixer.induction.output.weight.clone()
     scale_banks({1: mixer}, teacher, [batch])
     torch.testing.assert_close(mixer.induction.output.weight, before * factor.clamp(0.1, 10))
+    scale_banks({1: mixer}, teacher.bfloat16(), [batch])  # now as loud as it should be, but for rounding
+    torch.testing.assert_close(
+        mixer.induction.output.weight, before * factor.clamp(0.1, 10), rtol=0.05, atol=1e-4
+    )
 
 
 @torch.no_grad()
