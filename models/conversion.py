@@ -124,12 +124,7 @@ def check_plan(config: StudentConfig, hf_config: PretrainedConfig) -> list[str]:
     plan = from_file(config.layer_plan, layer_count).resolve(layer_count, list(MIXERS))
     size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     for name in sorted({plan[index] for index in config.replaced(plan)}):
-        if size not in MIXERS[name].head_sizes:
-            raise ValueError(
-                f"student.layer_plan: {name} needs a head size in {MIXERS[name].head_sizes}; the teacher "
-                f"has {size}. "
-                "Keep attention in its layers."
-            )
+        MIXERS[name].check_head_size(size)
     return plan
 
 

@@ -27,6 +27,7 @@ Not counted: evaluation, text samples, checkpoints, reading data.
 from dataclasses import dataclass
 from typing import Any
 
+from kernels.case import HEAD_SIZES
 from models.layer_plan import ATTENTION
 from models.objectives import Align
 from models.outline import Outline
@@ -155,7 +156,11 @@ def operator_flops(model: Outline, row_length: int, layers: set[str] | None = No
         layers: only the layers with these names; None means all.
     """
     names = [name for name in model.plan if layers is None or name in layers]
-    states = sum(STATE_OPERATIONS.get(name, 0) for name in names) * model.inner * model.head_size
+    states = (
+        sum(STATE_OPERATIONS.get(name, 0) for name in names)
+        * model.inner
+        * min(model.head_size, max(HEAD_SIZES))
+    )
     return states + 2 * row_length * model.inner * sum(name not in STATE_OPERATIONS for name in names)
 
 

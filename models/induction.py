@@ -22,7 +22,10 @@ from models.mixers.induction_bank import HEAD_SIZE
 
 SCORE = 0.1  # mean attention on what followed the earlier occurrence: an induction head has at least this
 SMALLEST_VARIANCE = 1e-3  # of the largest one; directions below it are not blown up
-MIX_SEED = 0  # of the directions that each head gets
+SEED = 0  # of a bank's directions and angles
+SHARPNESS = (
+    2.5  # angles of a bank's cosines differ by so much (standard deviation): tokens less alike are apart
+)
 LEFT_OVER = 0.1  # of what a mixer's own head adds, where the bank does its work
 
 
@@ -104,31 +107,29 @@ def start_bank(mixer: Mixer, inputs: LayerInputs) -> list[int]:
         The induction heads; the mixer's own ones are left a tenth as loud.
     """
     bank, size = mixer.induction, mixer.shape.head_size
-    heads = (inputs.scores >= SCORE).nonzero().flatten().tolist()
-    together = HEAD_SIZE // size  # heads whose values fit into one of the bank's
-    groups = [heads[start : start + together] for start in range(0, len(heads), together)]
+    heads = (inputs.scores >= SCORE).nonzero().flatten()
+    channels = (heads[:, None] * size + torch.arange(size, device=heads.device)).flatten()
+    shared = channels // size // mixer.kv_repeats * size + channels % size  # the values' own channels
+    pieces = list(zip(channels.split(HEAD_SIZE), shared.split(HEAD_SIZE), strict=True))
     count = bank.match.out_features // HEAD_SIZE
-    maps = matching_maps(inputs, HEAD_SIZE, count)
+    maps = SHARPNESS * matching_maps(inputs, count * HEAD_SIZE)
+    angles = torch.rand(len(maps), dtype=torch.float64, generator=torch.Generator().manual_seed(SEED))
     parts = (bank.value.weight, bank.value.bias, bank.output.weight, mixer.output.weight)
     value, value_bias, output, own_output = map(whole, parts)
     own_value, own_bias = whole(mixer.value.weight), mixer.value.bias
     for number in range(count):
-        group = groups[number % len(groups)]
-        share = len(range(number % len(groups), count, len(groups)))  # of the bank's heads with this group
-        for place, head in enumerate(group):
-            rows = slice(number * HEAD_SIZE + place * size, number * HEAD_SIZE + (place + 1) * size)
-            key_head, own = head // mixer.kv_repeats, slice(head * size, (head + 1) * size)
-            source = slice(key_head * size, (key_head + 1) * size)
-            value[rows] = own_value[source]
-            value_bias[rows] = 0.0 if own_bias is None else whole(own_bias)[source]
-            output[:, rows] = own_output[:, own] / share
-    for head in heads:
-        own_output[:, head * size : (head + 1) * size] *= LEFT_OVER
+        said, source = pieces[number % len(pieces)]
+        share = len(range(number % len(pieces), count, len(pieces)))  # of the bank's heads with this piece
+        rows = slice(number * HEAD_SIZE, number * HEAD_SIZE + len(said))
+        value[rows] = own_value[source]
+        value_bias[rows] = 0.0 if own_bias is None else whole(own_bias)[source]
+        output[:, rows] = own_output[:, said] / share
+    own_output[:, channels] *= LEFT_OVER
     for parameter, values in zip(parts, (value, value_bias, output, own_output), strict=True):
         assign(parameter, values)
-    assign(bank.match.weight, maps.flatten(0, 1))
-    assign(bank.match.bias, -(maps @ inputs.mean).flatten())
-    return heads
+    assign(bank.match.weight, maps)
+    assign(bank.match.bias, bank.turn * angles.to(maps) - maps @ inputs.mean)
+    return heads.tolist()
 
 
 def scale_banks(
@@ -167,26 +168,20 @@ def scale_banks(
             assign(weight, whole(weight) * factor.to(weight.dtype))
 
 
-def matching_maps(inputs: LayerInputs, size: int, count: int) -> Tensor:
-    """Projections [count,N,D] of hidden states after which those of different tokens are nearly orthogonal.
+def matching_maps(inputs: LayerInputs, rows: int) -> Tensor:
+    """Projections [rows,D] of hidden states after which those of different tokens are nearly orthogonal.
 
-    Hidden states are whitened, without their mean direction; each map takes N directions of what is left, no
-    two maps the same ones while there are enough. Where D is too small, the last rows are 0.
+    Hidden states are whitened and lose their mean direction; a projection reads one of the D - 1 directions
+    that are left. The first D - 1 projections are orthogonal to each other, and so are the next ones.
     """
     values, vectors = torch.linalg.eigh(inputs.covariance)
     whitening = vectors * values.clamp_min(SMALLEST_VARIANCE * values.max()).rsqrt()  # [D,D], on row vectors
     mean = inputs.mean @ whitening
     width = len(mean)
-    free = width - 1  # the first direction is the mean's
-    taken = min(size, free)
-    generator = torch.Generator().manual_seed(MIX_SEED)
-    maps: list[Tensor] = []
-    while len(maps) < count:
+    generator = torch.Generator().manual_seed(SEED)
+    bases: list[Tensor] = []
+    while sum(map(len, bases)) < rows:
         mix = torch.randn(width, width, dtype=torch.float64, generator=generator).to(mean.device)
         mix[:, 0] = mean
-        basis = torch.linalg.qr(mix)[0][:, 1:]
-        for start in range(0, free, size):
-            first = min(start, free - taken)  # the last one may share a few directions with its neighbour
-            one = (whitening @ basis[:, first : first + taken]).T
-            maps.append(torch.cat([one, one.new_zeros(size - taken, width)]))
-    return torch.stack(maps[:count])
+        bases.append((whitening @ torch.linalg.qr(mix)[0][:, 1:]).T)
+    return torch.cat(bases)[:rows]

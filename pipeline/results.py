@@ -16,6 +16,7 @@ from conf import launch
 from models import ranks
 from models.decoding import decoding_cost
 from models.evaluation import held_out_row
+from models.mixers.operator_call import operator_size
 from models.sequence_state import cache_bytes_per_row
 from models.student import count_parameters, student_mixers
 from models.student_folder import Student
@@ -168,11 +169,9 @@ def chosen_kernels(model: PreTrainedModel, config: DictConfig) -> dict[str, dict
         if mixer.options.backend != "auto":
             choices[operator] = {"backend": mixer.options.backend, "reason": "named in the config"}
             continue
-        shape = mixer.shape
-        units = config.data.rows_per_device * shape.heads
-        choices[operator] = kernels.explain(
-            operator, device=device, dtype=dtype, head_size=shape.head_size, units=units
-        )
+        units = config.data.rows_per_device * mixer.state_count
+        size = operator_size(mixer.state_size)
+        choices[operator] = kernels.explain(operator, device=device, dtype=dtype, head_size=size, units=units)
     return choices
 
 

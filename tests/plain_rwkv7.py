@@ -20,6 +20,8 @@ class PlainRWKV7:
 
     def __init__(self, mixer: RWKV7Mixer, positions: tuple[Tensor, Tensor]):
         self.shape, self.options = mixer.shape, mixer.options
+        self.parts = -(-self.shape.head_size // 128)  # states of a head; enough for the sizes that tests take
+        self.size = self.shape.head_size // self.parts
         self.cosine, self.sine = (table.double() for table in positions)
         self.weights = {name: parameter.detach().double() for name, parameter in mixer.named_parameters()}
 
@@ -41,7 +43,9 @@ class PlainRWKV7:
             own, group = self.part(head), self.part(head // queries_per_key)
             r = self.turned(receptance[:, own], "receptance_norm") * self.shape.head_size**-0.5
             k = self.turned(key[:, group], "key_norm")
-            heads.append(self.one_head(head, r, decay[:, own], k, value[:, group], rate[:, own]))
+            parts = (r, decay[:, own], k, value[:, group], rate[:, own])
+            for part, own in enumerate(zip(*(x.split(self.size, dim=1) for x in parts), strict=True)):
+                heads.append(self.one_head(head * self.parts + part, *own))
         return self.project("output", torch.cat(heads, 1) * self.gate(x_g)) + self.bank(x)
 
     def bank(self, x: Tensor) -> Tensor:
@@ -49,6 +53,8 @@ class PlainRWKV7:
         if "induction.match.weight" not in self.weights:
             return torch.zeros_like(x)
         match, value = (self.project(f"induction.{part}", x) for part in ("match", "value"))
+        if self.options.induction_features == "cosine":
+            match = match.cos()
         decay = torch.exp(-math.exp(-0.5) * self.low_rank("induction.decay", x, torch.tanh).sigmoid())
         rate = self.low_rank("induction.rate", x).sigmoid()
         heads = []
@@ -66,8 +72,8 @@ class PlainRWKV7:
         return self.project("induction.output", torch.cat(heads, 1))
 
     def one_head(self, head: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
-        """Receptance, decay, key, value and rate [T,N] of one head to its output [T,N]."""
-        size, own = self.shape.head_size, self.part(head)
+        """Receptance, decay, key, value and rate [T,N] of one head, or part of one, to its output [T,N]."""
+        size, own = self.size, slice(head * self.size, (head + 1) * self.size)
         state = torch.zeros(size, size, dtype=torch.float64)
         outputs = []
         for token in range(len(r)):

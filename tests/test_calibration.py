@@ -335,6 +335,6 @@ def test_two_processes_calibrate_like_one(tmp_path, strategy):
         assert second["tokens"] == first["tokens"]
     tables = [list(csv.DictReader((folder / TABLE).open())) for folder in (one, two)]
     for first, second in zip(*tables, strict=True):
-        assert {name: float(cell) for name, cell in second.items()} == pytest.approx(
-            {name: float(cell) for name, cell in first.items()}, rel=1e-4
-        )
+        assert [name for name in first if not first[name]] == [name for name in second if not second[name]]
+        numbers = [{name: float(cell) for name, cell in row.items() if cell} for row in (first, second)]
+        assert numbers[1] == pytest.approx(numbers[0], rel=1e-4)

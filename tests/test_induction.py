@@ -1,5 +1,7 @@
 """Induction heads: how they are found, and that a started bank finds what followed the like of its token."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,7 @@ from models.backbone import SequenceContext
 from models.evaluation import evaluate
 from models.induction import SCORE, LayerInputs, matching_maps, read_copies, scale_banks, start_bank
 from models.mixers import AttentionShape, RWKV7Mixer, RWKV7Options
-from models.mixers.induction_bank import HEAD_SIZE as BANK_SIZE
-from models.mixers.induction_bank import START_RATE
+from models.mixers.induction_bank import FEATURES, START_RATE
 from models.student import student_mixers
 
 PASSAGE, WIDTH = 40, 4 * HEAD_SIZE
@@ -35,9 +36,9 @@ def inputs_of(hidden: Tensor, scores: list[float]) -> LayerInputs:
     return LayerInputs(flat.new_tensor(len(flat)), flat.sum(0), flat.T @ flat, matched, one)
 
 
-def mixer_of(shape: str = "plain", heads: int = 1) -> RWKV7Mixer:
+def mixer_of(shape: str = "plain", **options: Any) -> RWKV7Mixer:
     torch.manual_seed(0)
-    options = RWKV7Options(induction_layers=[0], induction_heads=heads)
+    options = RWKV7Options(induction_layers=[0], **options)
     mixer = RWKV7Mixer(SHAPES[shape], options, layer_index=0, layer_count=2, first=True)
     with torch.no_grad():
         for name, part in mixer.named_parameters():
@@ -74,23 +75,25 @@ def test_scores_are_the_attention_on_what_followed_the_first_copy():
 
 def test_maps_whiten_hidden_states_and_share_no_direction():
     inputs = inputs_of(hidden := uneven_hidden(8, 400, seed=1), [1.0])
-    maps = matching_maps(inputs, 32, 3)
-    seen = torch.cat(list(maps)) @ hidden.flatten(0, 1).double().T  # [3N, tokens]
+    maps = matching_maps(inputs, WIDTH - 1)
+    seen = maps @ hidden.flatten(0, 1).double().T  # [rows, tokens]
     torch.testing.assert_close(seen.mean(1), torch.zeros_like(seen.mean(1)), atol=1e-9, rtol=0)
     identity = torch.eye(len(seen)).double()
     torch.testing.assert_close(torch.cov(seen, correction=0), identity, atol=1e-6, rtol=0)
-    assert torch.equal(maps, matching_maps(inputs, 32, 3)), "the same in every process"
-    assert len(matching_maps(inputs, 32, 7)) == 7, "more heads than maps without a common direction"
-    wide = matching_maps(inputs, BANK_SIZE + 32, 2)
-    assert wide.shape == (2, BANK_SIZE + 32, WIDTH) and (wide[:, WIDTH - 1 :] == 0).all()
+    more = matching_maps(inputs, 2 * WIDTH)
+    assert more.shape == (2 * WIDTH, WIDTH) and torch.equal(more[: WIDTH - 1], maps), (
+        "the same in every process"
+    )
+    assert torch.linalg.matrix_rank(more[WIDTH - 1 : 2 * WIDTH - 2]) == WIDTH - 1
 
 
+@pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_a_started_bank_finds_what_followed(shape, heads):
+def test_a_started_bank_finds_what_followed(shape, heads, features):
     """Its output, of what the teacher's induction heads 1 and 3 would say of the very token that followed."""
-    mixer = mixer_of(shape, heads)
+    mixer = mixer_of(shape, induction_heads=heads, induction_features=features)
     own = mixer.output.weight.clone()
     inputs = inputs_of(uneven_hidden(8, 400, seed=1), [0.0, 0.5, SCORE - 1e-6, 0.2])
     hidden = uneven_hidden(4, PASSAGE, seed=2).repeat(1, 2, 1)
@@ -156,6 +159,8 @@ def test_a_bank_that_was_not_started_changes_nothing():
     assert figures[0] == figures[1]
 
 
-def test_a_bank_without_heads_is_refused():
+def test_a_bank_without_heads_or_with_unknown_features_is_refused():
     with pytest.raises(ValueError, match="induction_heads=0"):
         RWKV7Options(induction_layers=[0], induction_heads=0)
+    with pytest.raises(ValueError, match="induction_features='sine'"):
+        RWKV7Options(induction_layers=[0], induction_features="sine")

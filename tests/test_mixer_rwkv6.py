@@ -26,6 +26,8 @@ SHAPES = {
         WIDTH, 2, 2, HEAD_SIZE, query_bias=True, key_bias=True, value_bias=True, output_bias=True
     ),
     "norms": AttentionShape(48, 2, 1, HEAD_SIZE, query_norm=True, key_norm=True, norm_eps=1e-3),
+    "filled_up": AttentionShape(WIDTH, 4, 2, 24),
+    "divided": AttentionShape(WIDTH, 4, 2, 256, query_norm=True, key_norm=True),
 }
 PUBLISHED = {"rope": False, "gate": "silu", "bonus": True, "group_norm": True, "written_key": "published"}
 FLAVOURS = {
@@ -48,9 +50,9 @@ def hidden_of(width: int, rows: int = 2) -> Tensor:
     return torch.randn(rows, TOKENS, width, generator=torch.Generator().manual_seed(5))
 
 
-def rotary() -> tuple[Tensor, Tensor]:
+def rotary(size: int = HEAD_SIZE) -> tuple[Tensor, Tensor]:
     """Cosine and sine [1,T,N] as a Hugging Face decoder hands them to attention."""
-    frequency = 1e4 ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
+    frequency = 1e4 ** (-torch.arange(0, size, 2) / size)
     angle = (torch.arange(TOKENS)[:, None] * frequency).repeat(1, 2)[None]
     return angle.cos(), angle.sin()
 
@@ -61,6 +63,8 @@ class PlainRWKV6:
 
     def __init__(self, mixer: RWKV6Mixer):
         self.shape, self.options = mixer.shape, mixer.options
+        self.parts = -(-self.shape.head_size // 128)  # states of a head; enough for the sizes that tests take
+        self.size = self.shape.head_size // self.parts
         self.weights = {name: parameter.detach().double() for name, parameter in mixer.named_parameters()}
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -79,12 +83,14 @@ class PlainRWKV6:
             own, group = (slice(i * size, (i + 1) * size) for i in (head, head // sharing))
             r = self.turned(receptance[:, own], "receptance_norm") * size**-0.5
             k = self.turned(key[:, group], "key_norm")
-            heads.append(self.one_head(head, r, decay[:, own], k, value[:, group]))
+            parts = (r, decay[:, own], k, value[:, group])
+            for part, own in enumerate(zip(*(x.split(self.size, dim=1) for x in parts), strict=True)):
+                heads.append(self.one_head(head * self.parts + part, *own))
         output = torch.cat(heads, 1) * self.gate(inputs["g"])
         return output @ self.weights["output.weight"].T + self.weights.get("output.bias", 0.0)
 
     def one_head(self, head: int, r: Tensor, w: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        size = self.shape.head_size
+        size = self.size
         state, outputs = torch.zeros(size, size, dtype=torch.float64), []
         for token in range(len(r)):
             written = k[token] / k[token].norm() if self.options.written_key == "unit" else k[token]
@@ -119,7 +125,7 @@ class PlainRWKV6:
             heads = heads / scale * self.weights[f"{norm}.weight"]
         if not self.options.rope:
             return heads
-        cosine, sine = (table[0].double() for table in rotary())
+        cosine, sine = (table[0].double() for table in rotary(self.shape.head_size))
         half = self.shape.head_size // 2
         return heads * cosine + torch.cat([-heads[:, half:], heads[:, :half]], 1) * sine
 
@@ -140,7 +146,7 @@ def test_the_mixer_computes_its_formulas(flavour, shape):
     mixer = make(SHAPES[shape], noise=0.15, **FLAVOURS[flavour])
     hidden = hidden_of(SHAPES[shape].hidden_size)
     with torch.no_grad():
-        found, nothing = mixer(hidden, rotary())
+        found, nothing = mixer(hidden, rotary(SHAPES[shape].head_size))
     assert nothing is None and found.dtype == torch.float32
     for row in range(2):
         wanted = PlainRWKV6(mixer)(hidden[row])
@@ -231,8 +237,10 @@ def test_wrong_options_are_refused_with_their_key(options, key):
 
 
 def test_an_unsupported_head_size_is_refused():
-    with pytest.raises(ValueError, match="rwkv6 needs a head size in .*32.*the teacher has 16"):
-        make(AttentionShape(WIDTH, 4, 2, 16))
+    with pytest.raises(
+        ValueError, match="rwkv6 needs a head size up to 512 .* multiple of 8; the teacher has 20"
+    ):
+        make(AttentionShape(WIDTH, 4, 2, 20))
 
 
 # --- in a model ---------------------------------------------------------------------------------------------

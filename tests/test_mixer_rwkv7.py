@@ -34,6 +34,8 @@ SHAPES = {
         WIDTH, 2, 1, HEAD_SIZE, query_bias=True, key_bias=True, value_bias=True, output_bias=True
     ),
     "norms": AttentionShape(48, 2, 1, HEAD_SIZE, query_norm=True, key_norm=True, norm_eps=1e-3),
+    "filled_up": AttentionShape(WIDTH, 4, 2, 24),
+    "divided": AttentionShape(WIDTH, 4, 2, 256, query_norm=True, key_norm=True),
 }
 
 
@@ -50,9 +52,9 @@ def hidden_of(width: int, rows: int = 2, tokens: int = TOKENS, seed: int = 5) ->
     return torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(seed))
 
 
-def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, size: int = HEAD_SIZE) -> tuple[Tensor, Tensor]:
     """Cosine and sine [B,T,N] as a Hugging Face decoder hands them to attention."""
-    frequency = 1e4 ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
+    frequency = 1e4 ** (-torch.arange(0, size, 2) / size)
     angle = (positions[..., None] * frequency).repeat(1, 1, 2)
     return angle.cos(), angle.sin()
 
@@ -66,7 +68,7 @@ FLAVOURS = {
     "bonus_raw": {"bonus": True, "written_key": "raw", "rate_range": 2.0},
     "norm_only": {"group_norm": True, "gate": "none"},
     "own_keys": {"grouped_kv": False},
-    "induction": {"induction_layers": [1]},
+    "induction": {"induction_layers": [1], "induction_heads": 2, "induction_features": "linear"},
     "induction_everything": {"induction_layers": [0, 1], "induction_heads": 1, **ARWKV},
 }
 
@@ -76,8 +78,9 @@ FLAVOURS = {
 def test_the_mixer_computes_the_published_formulas(flavour, shape):
     mixer = make(SHAPES[shape], noise=0.15, first=False, **FLAVOURS[flavour])
     hidden = hidden_of(SHAPES[shape].hidden_size)
-    positions = rotary(torch.arange(TOKENS).expand(2, -1))
-    first_value = torch.randn(2, TOKENS, mixer.kv_heads, HEAD_SIZE)
+    positions = rotary(torch.arange(TOKENS).expand(2, -1), SHAPES[shape].head_size)
+    kv_states = mixer.kv_heads * mixer.state_count // mixer.shape.heads
+    first_value = torch.randn(2, TOKENS, kv_states, mixer.state_size)
     residual = FLAVOURS[flavour].get("value_residual", False)
     with torch.no_grad():
         found, nothing = mixer(hidden, positions, sequence_context=SequenceContext(first_value=first_value))

@@ -16,8 +16,8 @@ from tiny import (
     HEAD_SIZE,
     LAYERS,
     PARENTS,
-    VOCABULARY,
     convert,
+    disturb,
     packed_batch,
     random_ids,
     student_config,
@@ -29,6 +29,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from models.architectures import ARCHITECTURES, architecture_of, attention_modules
 from models.backbone import hidden_states, output_head
+from models.calibration import CalibrateMixers
 from models.config import StudentConfig
 from models.conversion import attention_shape, check_plan
 from models.evaluation import batch_metrics
@@ -323,8 +324,26 @@ def test_experts_that_a_token_does_not_meet_cost_no_time():
     assert f"{1 - counted.idle / counted.parameters:.0%} of the teacher's parameters" in said
 
 
-def test_gemmas_own_head_size_is_refused():
-    config = tiny_teacher("gemma2", head_dim=256).config
-    with pytest.raises(ValueError, match="rwkv7 needs a head size in .*the teacher has 256. Keep attention"):
-        check_plan(student_config(), config)
-    assert config.vocab_size == VOCABULARY
+@pytest.mark.parametrize("mixer", ["rwkv6", "rwkv7"])
+@pytest.mark.parametrize("parent, size", [("gemma2", 256), ("phi3", 24)])
+def test_head_sizes_that_no_operator_has_are_divided_or_filled_up(parent, size, mixer):
+    """Gemma's 256, and what Phi-3's 96 are to the operators' 128."""
+    narrow = {"hidden_size": 2 * size} if parent == "phi3" else {"head_dim": size}
+    teacher, config = (
+        tiny_teacher(parent, **narrow),
+        StudentConfig(layer_plan=LayerPlan(layers=[mixer] * LAYERS)),
+    )
+    student, _ = convert(teacher, config)
+    assert {mixer.shape.head_size for mixer in student_mixers(student).values()} == {size}
+    batch = packed_batch([[-3, 12, 9]])
+    if mixer == "rwkv7":
+        found = CalibrateMixers(name="calibrate").calibrate(student, teacher, [batch])[0]
+        assert {row.head for row in found} == set(range(teacher.config.num_attention_heads))
+    for objective in (Align(), Distill()):
+        loss = objective(student, teacher, batch).total
+        loss.backward()
+        assert loss.isfinite()
+    disturb(student, 0.05)
+    assert_left_padding_is_passed_over(student)
+    assert_documents_are_texts_of_their_own(student.double())
+    assert_calls_equal_the_parallel_forward(student)

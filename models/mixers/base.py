@@ -3,7 +3,6 @@
 Shape letters: B rows, T tokens, D hidden width, H heads, G key/value heads, N head size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,8 +67,17 @@ class Mixer(nn.Module):
     name: ClassVar[str]  # as layer plans call it
     operator: ClassVar[str | None] = None  # of kernels/, that it runs on; its options then have `backend`
     options_class: ClassVar[type[Any]]
-    head_sizes: ClassVar[Sequence[int]]
+    head_sizes: ClassVar[range]
     layer_index: int
+
+    @classmethod
+    def check_head_size(cls, size: int) -> None:
+        """Refuses a teacher's head size that the mixer does not have."""
+        if size not in cls.head_sizes:
+            raise ValueError(
+                f"student.layer_plan: {cls.name} needs a head size up to {cls.head_sizes[-1]} that is a "
+                f"multiple of {cls.head_sizes.step}; the teacher has {size}. Keep attention in its layers."
+            )
 
     def forward(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kernels import fused
+from kernels.case import HEAD_SIZES
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, Mixer
 from models.mixers.low_rank import rounded_rank
@@ -20,6 +21,7 @@ from models.mixers.operator_call import run_operator
 from models.mixers.token_shift import last_token
 from models.sequence_state import RecurrentCacheLayer, recurrent_layer
 
+LARGEST = max(HEAD_SIZES)
 GATES = ("none", "low", "full", "silu")
 SILU_IS_ONE = 1.2784645427610738  # x σ(x) = 1
 
@@ -40,11 +42,7 @@ class HeadMixer(Mixer):
 
     def __init__(self, shape: AttentionShape, options: Any, layer_index: int, kv_heads: int | None = None):
         super().__init__()
-        if shape.head_size not in self.head_sizes:
-            raise ValueError(
-                f"student.layer_plan: {self.name} needs a head size in {self.head_sizes}; the "
-                f"teacher has {shape.head_size}. Keep attention in its layers."
-            )
+        self.check_head_size(shape.head_size)
         self.shape, self.options, self.layer_index = shape, options, layer_index
         self.kv_heads = shape.kv_heads if kv_heads is None else kv_heads
         width, inner = shape.hidden_size, shape.heads * shape.head_size
@@ -91,8 +89,11 @@ class HeadMixer(Mixer):
         return self.shape.heads // self.kv_heads
 
     def repeat_kv(self, heads: Tensor) -> Tensor:
-        """[B,T,kv_heads,N] -> [B,T,H,N]; neighbouring query heads share a key/value head."""
-        return heads if self.kv_repeats == 1 else heads.repeat_interleave(self.kv_repeats, dim=2)
+        """[B,T,kv_heads,N] -> [B,T,H,N]; neighbouring query heads share a key/value head and its states."""
+        if self.kv_repeats == 1:
+            return heads
+        grouped = heads.unflatten(2, (self.kv_heads, -1))
+        return grouped.repeat_interleave(self.kv_repeats, dim=2).flatten(2, 3)
 
     def split(self, flat: Tensor) -> Tensor:
         """[B,T,heads·N] -> [B,T,heads,N]."""
@@ -101,6 +102,9 @@ class HeadMixer(Mixer):
 
 class RecurrentMixer(HeadMixer):
     """A mixer whose decoding memory is a state, and whose heads may end in a norm and a gate.
+
+    A head larger than the operators have is divided into equal parts with a state each: from the projections
+    on, each part is a head of its own, and H and N below count such parts.
 
     Its options also have `gate`, `group_norm` and `backend`; `add_ending` makes the parts that they ask for.
 
@@ -111,6 +115,30 @@ class RecurrentMixer(HeadMixer):
 
     over_rows: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
     one_token: ClassVar[Callable[..., Tensor]]
+    head_sizes = range(8, 513, 8)
+
+    @property
+    def state_size(self) -> int:
+        """Channels of one state: of a head, or of the largest equal part of it that the operators hold."""
+        size = self.shape.head_size
+        sizes = (size // parts for parts in range(1, size) if size % parts == 0)
+        return next(part for part in sizes if part <= LARGEST)
+
+    @property
+    def state_count(self) -> int:
+        """States of the layer, for each row."""
+        return self.shape.heads * self.shape.head_size // self.state_size
+
+    def by_state(self, flat: Tensor) -> Tensor:
+        """[B,T,H·N] -> [B,T,H,N]."""
+        return flat.unflatten(-1, (-1, self.state_size))
+
+    def project_heads(
+        self, inputs: dict[str, Tensor], position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `HeadMixer.project_heads`, divided into states."""
+        receptance, key, value = super().project_heads(inputs, position_embeddings)
+        return tuple(self.by_state(heads.flatten(2)) for heads in (receptance, key, value))
 
     def add_ending(self) -> None:
         """Makes the output gate and the norm over each head's output."""
@@ -118,14 +146,17 @@ class RecurrentMixer(HeadMixer):
         inner = shape.heads * shape.head_size
         self.gate = output_gate(self.options.gate, shape.hidden_size, inner)
         self.norm = (
-            nn.GroupNorm(shape.heads, inner, eps=shape.head_size * 1e-5) if self.options.group_norm else None
+            nn.GroupNorm(self.state_count, inner, eps=self.state_size * 1e-5)
+            if self.options.group_norm
+            else None
         )
 
     @property
     def elementwise(self) -> str:
         """Backend of the elementwise parts: Triton's, not measured on a GPU yet, where it is named for the
-        operator."""
-        return "triton" if self.options.backend == "triton" else "reference"
+        operator and has the head size."""
+        fits = self.state_size in HEAD_SIZES
+        return "triton" if self.options.backend == "triton" and fits else "reference"
 
     def finish(self, mixed: Tensor, bonus: tuple[Tensor, ...] | None, hidden: Tensor) -> Tensor:
         """Norm, bonus, gate and output projection.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from kernels.wkv6 import BACKENDS, HEAD_SIZES, wkv6, wkv6_step
+from kernels.wkv6 import BACKENDS, wkv6, wkv6_step
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, wide
 from models.mixers.heads import GATES, RecurrentMixer, check_choice, decay_bias
@@ -101,7 +101,6 @@ class RWKV6Mixer(RecurrentMixer):
     operator = "wkv6"
     over_rows, one_token = staticmethod(wkv6), staticmethod(wkv6_step)
     options_class = RWKV6Options
-    head_sizes = HEAD_SIZES
 
     def __init__(
         self, shape: AttentionShape, options: RWKV6Options, *, layer_index: int, layer_count: int, first: bool
@@ -111,7 +110,7 @@ class RWKV6Mixer(RecurrentMixer):
         start = decay_bias(inner, layer_index, layer_count)
         self.decay = LowRank(width, rounded_rank(1.8 * width**0.5), inner, torch.tanh, bias=start)
         self.shift = DynamicShift(width) if options.token_shift else None
-        self.bonus = nn.Parameter(torch.ones(shape.heads, shape.head_size)) if options.bonus else None
+        self.bonus = nn.Parameter(torch.ones(self.state_count, self.state_size)) if options.bonus else None
         self.add_ending()
 
     def mix(
@@ -144,4 +143,4 @@ class RWKV6Mixer(RecurrentMixer):
         """[B,T,D] -> [B,T,H,N], from -5 to 0; bounded before the exponential, so that no gradient is 0 x
         infinity."""
         exponent = wide(self.decay(hidden)).clamp(max=math.log(LARGEST_RATE))
-        return self.split(-exponent.exp())
+        return self.by_state(-exponent.exp())

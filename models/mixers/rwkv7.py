@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from kernels import fused
-from kernels.wkv7 import BACKENDS, HEAD_SIZES, wkv7, wkv7_step
+from kernels.wkv7 import BACKENDS, wkv7, wkv7_step
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, wide
 from models.mixers.heads import GATES, RecurrentMixer, check_choice, decay_bias
-from models.mixers.induction_bank import InductionBank
+from models.mixers.induction_bank import FEATURES, InductionBank
 from models.mixers.low_rank import LowRank, rounded_rank
 from models.mixers.token_shift import previous_token
 from models.sequence_state import RecurrentCacheLayer
@@ -45,7 +45,10 @@ class RWKV7Options:
         induction_layers: layers with a bank of heads of their own that find what followed an earlier
             occurrence of the current token (mixers/induction_bank.py); stage `calibrate` adds those where the
             teacher does that, and starts their banks.
-        induction_heads: heads of such a bank, of size 128.
+        induction_heads: heads of such a bank, of size 128; how many tokens it tells apart grows with them,
+            and so does its state.
+        induction_features: a bank's keys are the `cosine` of projected hidden states, or these (`linear`),
+            where heads beyond hidden size / 128 add nothing.
         backend: of the wkv7 operator: auto, or a name of docs/kernels.md; `triton` also fuses what
             stands around it (kernels/fused).
     """
@@ -60,12 +63,14 @@ class RWKV7Options:
     rate_range: float = 1.0
     grouped_kv: bool = True
     induction_layers: Sequence[int] = ()
-    induction_heads: int = 2
+    induction_heads: int = 8
+    induction_features: str = "cosine"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("student.mixers.rwkv7.gate", self.gate, GATES)
         check_choice("student.mixers.rwkv7.written_key", self.written_key, WRITTEN_KEYS)
+        check_choice("student.mixers.rwkv7.induction_features", self.induction_features, FEATURES)
         check_choice("kernel.wkv7", self.backend, ("auto", *(backend.name for backend in BACKENDS)))
         if not 0 < self.rate_range <= 2:
             raise ValueError(f"student.mixers.rwkv7.rate_range={self.rate_range} must lie in (0, 2].")
@@ -95,7 +100,6 @@ class RWKV7Mixer(RecurrentMixer):
     operator = "wkv7"
     over_rows, one_token = staticmethod(wkv7), staticmethod(wkv7_step)
     options_class = RWKV7Options
-    head_sizes = HEAD_SIZES
 
     def __init__(
         self, shape: AttentionShape, options: RWKV7Options, *, layer_index: int, layer_count: int, first: bool
@@ -115,14 +119,14 @@ class RWKV7Mixer(RecurrentMixer):
         )
         self.add_ending()
         self.shift_mix = nn.Parameter(torch.zeros(6, width)) if options.token_shift else None
-        self.bonus = nn.Parameter(torch.zeros(shape.heads, shape.head_size)) if options.bonus else None
+        self.bonus = nn.Parameter(torch.zeros(self.state_count, self.state_size)) if options.bonus else None
         raw = options.written_key == "raw"
         self.removed_key_scale = (
-            nn.Parameter(torch.full((shape.heads, shape.head_size), 0.85)) if raw else None
+            nn.Parameter(torch.full((self.state_count, self.state_size), 0.85)) if raw else None
         )
-        self.written_key_mix = nn.Parameter(torch.ones(shape.heads, shape.head_size)) if raw else None
+        self.written_key_mix = nn.Parameter(torch.ones(self.state_count, self.state_size)) if raw else None
         self.induction = (
-            InductionBank(width, options.induction_heads, options.backend)
+            InductionBank(width, options.induction_heads, options.induction_features, options.backend)
             if layer_index in options.induction_layers
             else None
         )
@@ -144,9 +148,11 @@ class RWKV7Mixer(RecurrentMixer):
         receptance, key, value = self.project_heads(inputs, positions)
         value = self._mix_first_value(value, inputs["v"], context)
         value = self.repeat_kv(value)
+        if self.state_count > self.shape.heads:  # `prepare` repeats keys, but not those of divided heads
+            key = self.repeat_kv(key)
         log_decay, written, a, b = fused.prepare(
-            self.split(wide(self.decay(inputs["w"]))),
-            self.split(wide(self.rate(inputs["a"]))),
+            self.by_state(wide(self.decay(inputs["w"]))),
+            self.by_state(wide(self.rate(inputs["a"]))),
             key,
             rate_range=self.options.rate_range,
             removed_scale=self.removed_key_scale,
@@ -182,4 +188,4 @@ class RWKV7Mixer(RecurrentMixer):
         if self.residual is None:
             return value
         first = context.first_value.detach() if context.local_gradients else context.first_value
-        return value + (first - value) * self.split(torch.sigmoid(self.residual(hidden)))
+        return value + (first - value) * self.by_state(torch.sigmoid(self.residual(hidden)))
