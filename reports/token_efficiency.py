@@ -77,16 +77,17 @@ def _shown(value: float, curves: Sequence[Curve]) -> bool:
 def efficiency_table(recipes: Mapping[str, Sequence[Curve]], level: float) -> list[tuple[str, str, str, str]]:
     """Rows (recipe, tokens of each run, geometric mean, times fewer than the first recipe).
 
-    A run that ends above the level is "not reached", and gives no mean.
+    A run that ends above the level counts with all its tokens, and what rests on it is marked as a bound: the
+    mean as too small, and with it how many times fewer tokens the others need.
     """
-    means: dict[str, float | None] = {}
+    means: dict[str, tuple[float, bool]] = {}
     rows = []
     for name, runs in recipes.items():
         each = [curve.tokens_until(level) for curve in runs]
-        means[name] = None if None in each else geometric_mean(each)
-        first = means[next(iter(recipes))]
-        ratio = "–" if first is None or means[name] is None else f"{first / means[name]:.2f} x"
+        spent = [tokens or float(curve.tokens[-1]) for tokens, curve in zip(each, runs, strict=True)]
+        mean, bound = means[name] = geometric_mean(spent), None in each
+        first, first_is_bound = means[next(iter(recipes))]
+        ratio = "–" if bound else f"{'> ' * first_is_bound}{first / mean:.2f} x"
         words = ["not reached" if tokens is None else f"{tokens / 1e6:.3f} M" for tokens in each]
-        mean = "–" if means[name] is None else f"{means[name] / 1e6:.3f} M"
-        rows.append((name, ", ".join(words), mean, ratio))
+        rows.append((name, ", ".join(words), f"{'> ' * bound}{mean / 1e6:.3f} M", ratio))
     return rows

@@ -71,7 +71,7 @@ def test_every_choice_of_a_group_composes(group: str):
         (["teacher.path=/nowhere"], ["teacher.path", "/nowhere", "teacher.revision"]),
         (["teacher.dtype=float8"], ["teacher.dtype", "bfloat16"]),
         (["teacher.attention=fast"], ["teacher.attention", "sdpa"]),
-        (["teacher=none"], ["stage.align needs a teacher", "teacher=tiny_qwen2"]),
+        (["teacher=none"], ["stage.calibrate needs a teacher", "teacher=tiny_qwen2"]),
         (["student.start=copy"], ["student.start", "random_mixers"]),
         (["student.layer_plan.keep=[9]"], ["student.layer_plan.keep", "9", "4 layers"]),
         (["student.layer_plan.layers=[rwkv7,attention]"], ["2 entries", "4 layers"]),

@@ -39,9 +39,12 @@ def test_ratio_is_that_of_geometric_means_to_the_first_recipe():
     assert rows[1] == ("fast", "1.000 M", "1.000 M", "4.00 x")
 
 
-def test_a_run_above_the_level_gives_no_ratio():
-    rows = efficiency_table({"a": [_curve([1.0, 0.5])], "b": [_curve([1.0, 0.9])]}, 0.5)
-    assert rows[1] == ("b", "not reached", "–", "–")
+def test_a_run_above_the_level_bounds_the_mean_and_the_ratios_to_it():
+    reaches, never = [_curve([1.0, 0.5], [0, 500_000])], [_curve([1.0, 0.9], [0, 2_000_000])]
+    rows = efficiency_table({"a": reaches, "b": never}, 0.5)
+    assert rows[1] == ("b", "not reached", "> 2.000 M", "–")
+    rows = efficiency_table({"b": never, "a": reaches}, 0.5)
+    assert [row[3] for row in rows] == ["–", "> 4.00 x"]
 
 
 def test_a_sweep_is_read_with_all_its_runs_and_other_metrics_are_left_out(tmp_path):

@@ -63,7 +63,7 @@ class RWKV7Options:
     rate_range: float = 1.0
     grouped_kv: bool = True
     induction_layers: Sequence[int] = ()
-    induction_heads: int = 8
+    induction_heads: int = 16
     induction_features: str = "cosine"
     backend: str = "auto"
 
