@@ -2,8 +2,7 @@
 replaces.
 
 A layer's loss is differentiated as soon as its output exists, so the memory for activations is that of one
-layer,
-however deep the model is.
+layer, however deep the model is.
 
 Shape letters: B rows, T tokens, D hidden width.
 """
@@ -57,33 +56,24 @@ def aligned_layers(
         raise ValueError(
             "stage align: student.layer_plan keeps attention in every layer; there is nothing to align."
         )
-    parameters = [
-        parameter for mixer in mixers.values() for parameter in mixer.parameters() if parameter.requires_grad
-    ]
+    parameters = [p for mixer in mixers.values() for p in mixer.parameters() if p.requires_grad]
     gradients = dict.fromkeys(parameters)
     losses: dict[int, Tensor] = {}
     weighted: dict[int, Tensor] = {}
     given_weights = {index: 1.0 if layer_weights is None else layer_weights[index] for index in mixers}
     mean_weight = sum(given_weights.values()) / len(mixers)
-    document_ids = batch["document_ids"]
-    real = document_ids >= 0 if has_documents(document_ids) else None
-    tokens = mean_count(document_ids.numel() if real is None else int(real.sum()), document_ids.device)
-    every = torch.ones_like(document_ids, dtype=torch.bool)
-    weights = token_weights(batch, every if real is None else real, repeat_weight)
+    layer_loss = _layer_loss(batch, token_loss, repeat_weight)
     differentiable = torch.is_grad_enabled() and bool(parameters)
 
     def align_layer(index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
-        mixer, target = mixers[index], given[0]
         with torch.set_grad_enabled(differentiable):
-            output, _ = mixer(**kwargs)
-            chosen = slice(None) if real is None else real
-            per_token = token_loss(output[chosen].flatten(0, -2), target[chosen].flatten(0, -2))
-            loss = (per_token if weights is None else per_token * weights).sum() / tokens
+            output, _ = mixers[index](**kwargs)
+            plain, loss = layer_loss(output, given[0])
             loss = loss * (given_weights[index] / mean_weight)
             share = loss / len(mixers)
-        losses[index], weighted[index] = per_token.detach().sum() / tokens, loss.detach()
+        losses[index], weighted[index] = plain.detach(), loss.detach()
         if loss.requires_grad:  # a mixer may be frozen as a whole
-            own = [parameter for parameter in mixer.parameters() if parameter.requires_grad]
+            own = [parameter for parameter in mixers[index].parameters() if parameter.requires_grad]
             gradients.update(zip(own, differentiate(share, own), strict=True))
 
     beside_attention(list(mixers), teacher, batch, align_layer)
@@ -91,6 +81,26 @@ def aligned_layers(
     if not differentiable:
         return losses, total
     return losses, hand_over(total, parameters, [gradients[parameter] for parameter in parameters])
+
+
+def _layer_loss(
+    batch: dict[str, Tensor], token_loss: TokenLoss, repeat_weight: float
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Makes what turns a layer's output and target [B,T,D] into two means over real tokens: one in which all
+    count alike, and one in which those that repeat their document have another weight."""
+    document_ids = batch["document_ids"]
+    real = document_ids >= 0 if has_documents(document_ids) else None
+    tokens = mean_count(document_ids.numel() if real is None else int(real.sum()), document_ids.device)
+    every = torch.ones_like(document_ids, dtype=torch.bool)
+    weights = token_weights(batch, every if real is None else real, repeat_weight)
+    chosen = slice(None) if real is None else real
+
+    def mean(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        per_token = token_loss(output[chosen].flatten(0, -2), target[chosen].flatten(0, -2))
+        plain = per_token.sum() / tokens
+        return plain, plain if weights is None else (per_token * weights).sum() / tokens
+
+    return mean
 
 
 def beside_attention(

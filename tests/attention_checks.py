@@ -8,6 +8,7 @@ from tiny import HEAD_SIZE, disturb
 from torch import Tensor
 
 from models.mixers import AttentionShape
+from models.mixers.heads import HeadMixer
 from models.mixers.softmax import SoftmaxMixer
 
 WIDTH, TOKENS = 2 * HEAD_SIZE, 45
@@ -21,9 +22,7 @@ SHAPES = {
 }
 
 
-def make(
-    kind: type[SoftmaxMixer], shape: AttentionShape = GROUPED, noise: float = 0.1, **options
-) -> SoftmaxMixer:
+def make(kind: type[HeadMixer], shape: AttentionShape = GROUPED, noise: float = 0.1, **options) -> HeadMixer:
     """A mixer away from its start."""
     torch.manual_seed(0)
     mixer = kind(shape, kind.options_class(**options), layer_index=1, layer_count=3, first=False)
@@ -43,6 +42,26 @@ def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def plain_heads(mixer: HeadMixer, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Query [T,H,N], unscaled, key and value [T,G,N] of one document [T,D] in float64; cosine and sine
+    [1,T,N] turn the first two where the mixer's options have `rope`."""
+    weights = {name: parameter.double() for name, parameter in mixer.named_parameters()}
+    cosine, sine = (table[0].double()[:, None] for table in positions)
+
+    def heads(name: str) -> Tensor:
+        flat = hidden.double() @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+        parts = flat.unflatten(1, (-1, mixer.shape.head_size))
+        if f"{name}_norm.weight" in weights:
+            scale = (parts.pow(2).mean(-1, keepdim=True) + mixer.shape.norm_eps).sqrt()
+            parts = parts / scale * weights[f"{name}_norm.weight"]
+        if name == "value" or not mixer.options.rope:
+            return parts
+        half = mixer.shape.head_size // 2
+        return parts * cosine + torch.cat([-parts[..., half:], parts[..., :half]], -1) * sine
+
+    return heads("receptance"), heads("key"), heads("value")
+
+
 def plain(mixer: SoftmaxMixer, hidden: Tensor, visible: Tensor, factor: Callable[[int], float]) -> Tensor:
     """One document [T,D] -> [T,D] by the definition.
 
@@ -54,21 +73,7 @@ def plain(mixer: SoftmaxMixer, hidden: Tensor, visible: Tensor, factor: Callable
     """
     size, sharing = mixer.shape.head_size, mixer.shape.heads // mixer.shape.kv_heads
     weights = {name: parameter.double() for name, parameter in mixer.named_parameters()}
-    tables = rotary(torch.arange(len(hidden))[None])
-
-    def heads(name: str) -> Tensor:
-        flat = hidden.double() @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
-        parts = flat.unflatten(1, (-1, size))
-        if f"{name}_norm.weight" in weights:
-            scale = (parts.pow(2).mean(-1, keepdim=True) + mixer.shape.norm_eps).sqrt()
-            parts = parts / scale * weights[f"{name}_norm.weight"]
-        if name == "value" or not mixer.options.rope:
-            return parts
-        cosine, sine = (table[0].double()[:, None] for table in tables)
-        half = size // 2
-        return parts * cosine + torch.cat([-parts[..., half:], parts[..., :half]], -1) * sine
-
-    query, key, value = heads("receptance"), heads("key"), heads("value")
+    query, key, value = plain_heads(mixer, hidden, rotary(torch.arange(len(hidden))[None]))
     factors = torch.tensor([factor(position) for position in range(len(hidden))], dtype=torch.float64)
     mixed = []
     for head in range(mixer.shape.heads):

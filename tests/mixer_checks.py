@@ -158,3 +158,22 @@ def assert_it_comes_back_from_disk(mixer: str, options: Any, folder: Path) -> No
     loaded = load_student(folder)
     assert loaded.plan == [mixer, "attention", mixer] and loaded.config.options(mixer) == options
     assert torch.equal(loaded.model.eval()(ids).logits, student(ids).logits)
+
+
+class InAModel:
+    """The tests of every mixer in a model; a module of tests inherits them and has a fixture `student`."""
+
+    def test_training_prefill_and_decoding_are_one_function(self, student):
+        assert_calls_equal_the_parallel_forward(student)
+
+    def test_documents_are_texts_of_their_own(self, student):
+        assert_documents_are_texts_of_their_own(student)
+
+    def test_padding_is_passed_over(self, student):
+        assert_padding_is_passed_over(student)
+
+    def test_rows_do_not_know_each_other(self, student):
+        assert_rows_do_not_know_each_other(student)
+
+    def test_search_with_a_cache_equals_search_without(self, student):
+        assert_search_with_a_cache_equals_search_without(student)

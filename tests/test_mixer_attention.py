@@ -129,24 +129,8 @@ def student(request) -> PreTrainedModel:
     return student_of("attention", KeptAttentionOptions(**FLAVOURS[request.param]), family=family)
 
 
-def test_training_prefill_and_decoding_are_one_function(student):
-    mixer_checks.assert_calls_equal_the_parallel_forward(student)
-
-
-def test_documents_are_texts_of_their_own(student):
-    mixer_checks.assert_documents_are_texts_of_their_own(student)
-
-
-def test_padding_is_passed_over(student):
-    mixer_checks.assert_padding_is_passed_over(student)
-
-
-def test_rows_do_not_know_each_other(student):
-    mixer_checks.assert_rows_do_not_know_each_other(student)
-
-
-def test_search_with_a_cache_equals_search_without(student):
-    mixer_checks.assert_search_with_a_cache_equals_search_without(student)
+class TestInAModel(mixer_checks.InAModel):
+    """Kept attention, changed."""
 
 
 def test_it_learns():

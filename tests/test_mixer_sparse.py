@@ -2,9 +2,11 @@
 
 import math
 
+import attention_checks
 import mixer_checks
 import pytest
 import torch
+from attention_checks import GROUPED, SHAPES, TOKENS, hidden_of, plain_heads, rotary
 from mixer_checks import assert_close, student_of
 from tiny import (
     FAMILIES,
@@ -12,7 +14,6 @@ from tiny import (
     LAYERS,
     LiveBytes,
     convert,
-    disturb,
     packed_ids,
     random_ids,
     tiny_teacher,
@@ -24,16 +25,6 @@ from models.backbone import SequenceContext, document_positions, hidden_states
 from models.mixers import AttentionShape, SparseAttentionMixer, SparseAttentionOptions, sparse_attention
 from models.sequence_state import RecurrentCacheLayer, TokenCacheLayer, cache_bytes_per_row, token_layer
 
-WIDTH, TOKENS = 2 * HEAD_SIZE, 45
-GROUPED = AttentionShape(WIDTH, 4, 2, HEAD_SIZE)
-SHAPES = {
-    "grouped": GROUPED,
-    "biases": AttentionShape(
-        WIDTH, 2, 2, HEAD_SIZE, query_bias=True, key_bias=True, value_bias=True, output_bias=True
-    ),
-    "norms": AttentionShape(48, 2, 1, HEAD_SIZE, query_norm=True, key_norm=True, norm_eps=1e-3),
-}
-
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
@@ -42,27 +33,8 @@ def small_blocks(monkeypatch):
 
 
 def make(shape: AttentionShape = GROUPED, noise: float = 0.1, **options) -> SparseAttentionMixer:
-    torch.manual_seed(0)
-    mixer = SparseAttentionMixer(
-        shape,
-        SparseAttentionOptions(**{"chunk_length": 5, "top_k": 3, **options}),
-        layer_index=1,
-        layer_count=3,
-        first=False,
-    )
-    disturb(mixer, noise)
-    return mixer
-
-
-def hidden_of(width: int = WIDTH, rows: int = 2, tokens: int = TOKENS) -> Tensor:
-    return torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(5))
-
-
-def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [B,T,N] as a Hugging Face decoder hands them to attention."""
-    frequency = 1e4 ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)
-    angle = (positions[..., None] * frequency).repeat(1, 1, 2)
-    return angle.cos(), angle.sin()
+    chosen = {"chunk_length": 5, "top_k": 3, **options}
+    return attention_checks.make(SparseAttentionMixer, shape, noise, **chosen)
 
 
 def plain(mixer: SparseAttentionMixer, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
@@ -71,20 +43,7 @@ def plain(mixer: SparseAttentionMixer, hidden: Tensor, positions: tuple[Tensor, 
     size, sharing = mixer.shape.head_size, mixer.shape.heads // mixer.shape.kv_heads
     length, best = mixer.options.chunk_length, mixer.options.top_k - 1
     weights = {name: parameter.double() for name, parameter in mixer.named_parameters()}
-
-    def heads(name: str) -> Tensor:
-        flat = hidden.double() @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
-        parts = flat.unflatten(1, (-1, size))
-        if f"{name}_norm.weight" in weights:
-            scale = (parts.pow(2).mean(-1, keepdim=True) + mixer.shape.norm_eps).sqrt()
-            parts = parts / scale * weights[f"{name}_norm.weight"]
-        if name == "value" or not mixer.options.rope:
-            return parts
-        cosine, sine = (table[0].double()[:, None] for table in positions)
-        half = size // 2
-        return parts * cosine + torch.cat([-parts[..., half:], parts[..., :half]], -1) * sine
-
-    query, key, value = heads("receptance"), heads("key"), heads("value")
+    query, key, value = plain_heads(mixer, hidden, positions)
     output = torch.zeros(len(hidden), mixer.shape.heads, size, dtype=torch.float64)
     for token in range(len(hidden)):
         own = token // length
@@ -230,24 +189,8 @@ def student(request) -> PreTrainedModel:
     return student_of("sparse", SparseAttentionOptions(**{"chunk_length": 4, **options}), keep, family)
 
 
-def test_training_prefill_and_decoding_are_one_function(student):
-    mixer_checks.assert_calls_equal_the_parallel_forward(student)
-
-
-def test_documents_are_texts_of_their_own(student):
-    mixer_checks.assert_documents_are_texts_of_their_own(student)
-
-
-def test_padding_is_passed_over(student):
-    mixer_checks.assert_padding_is_passed_over(student)
-
-
-def test_rows_do_not_know_each_other(student):
-    mixer_checks.assert_rows_do_not_know_each_other(student)
-
-
-def test_search_with_a_cache_equals_search_without(student):
-    mixer_checks.assert_search_with_a_cache_equals_search_without(student)
+class TestInAModel(mixer_checks.InAModel):
+    """Sparse attention."""
 
 
 @pytest.mark.parametrize("rope", [False, True])
