@@ -21,7 +21,7 @@ from conf.quiet import quieten as quieten
 from conf.ranks import ProcessFailed, check_processes
 from conf.run_folder import run_folder
 from conf.run_folder import running as running
-from conf.stages import checked_stage
+from conf.stages import check_callbacks, checked_stage
 from conf.trials import is_trial, record_failure
 from conf.values import check_count, check_evaluation, check_trainer
 
@@ -144,13 +144,13 @@ def check(config: DictConfig) -> None:
         check_overrides(config, HydraConfig.get().overrides.task)
     _refuse_secrets(config)
     teacher = build(config.teacher, "teacher")
-    student = build(
-        config.student, "student", **({"_partial_": True} if "model_type" in config.student else {})
-    )
+    from_scratch = "model_type" in config.student or "parent" in config.student  # made with the tokenizer
+    student = build(config.student, "student", **({"_partial_": True} if from_scratch else {}))
     stages = [checked_stage(config, name, teacher) for name in config.stages]
-    for name, callback in config.callbacks.items():
-        if callback:
-            build(callback, f"callbacks.{name}")
+    given = {name: callback for name, callback in config.callbacks.items() if callback}
+    callbacks = {name: build(callback, f"callbacks.{name}") for name, callback in given.items()}
+    for stage in stages:
+        check_callbacks(config, stage, callbacks)
     if teacher.path is not None and config.init_from is None:
         selections = [stage for stage in stages if hasattr(stage, "check_candidates")]
         replaced = _check_student(student, teacher, selects=bool(selections))
@@ -229,13 +229,13 @@ def _check_student(student: Any, teacher: Any, selects: bool) -> int:
     Where a stage selects layers, what they get must have options too.
     """
     from models.conversion import check_plan
-    from models.layer_plan import ATTENTION
+    from models.layer_plan import ATTENTION, mixer_name, teacher_part
     from models.mixers import MIXERS
     from models.teacher import load_hf_config
 
     kept = student.layer_plan.kept
     plan = check_plan(student, load_hf_config(teacher))
-    used = {*plan, kept} if selects else set(plan)
+    used = {*map(mixer_name, plan), *([kept] if selects else [])}
     missing = sorted(used - set(student.mixers) - {ATTENTION})
     if missing:
         raise ValueError(
@@ -243,7 +243,7 @@ def _check_student(student: Any, teacher: Any, selects: bool) -> int:
             f"student that has them, or add them: '+student.mixers.{missing[0]}._target_=models.mixers."
             f"{MIXERS[missing[0]].options_class.__name__}'."
         )
-    return sum(name not in (ATTENTION, kept) for name in plan)
+    return sum(name not in (ATTENTION, kept) for name in teacher_part(plan))
 
 
 def _check_layers(config: DictConfig, stages: Sequence[Any], student: Any, teacher: Any) -> None:
@@ -252,11 +252,12 @@ def _check_layers(config: DictConfig, stages: Sequence[Any], student: Any, teach
     if not any(getattr(objective, "layer_weights", None) for objective in objectives.values()):
         return
     from models.conversion import check_plan
+    from models.layer_plan import teacher_part
     from models.teacher import load_hf_config
 
     hf_config = load_hf_config(teacher)
     if config.init_from is None:
-        plan = check_plan(student, hf_config)
+        plan = teacher_part(check_plan(student, hf_config))
     else:  # which of them are replaced, the student's own folder says
         plan = [""] * hf_config.get_text_config().num_hidden_layers
     for name, objective in objectives.items():

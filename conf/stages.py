@@ -1,5 +1,6 @@
 """The stages of a run: each one's config, data and steps, and whether they fit one another."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ def build_stage(config: DictConfig, name: str) -> Any:
     if "data" not in node:
         return build(node, f"stage.{name}")
     stage = build(node, f"stage.{name}", data=None)
-    return replace(stage, data=OmegaConf.to_container(node.data, resolve=True))
+    return replace(stage, data=OmegaConf.to_container(node.data, resolve=True) if node.data else {})
 
 
 def build_stage_data(config: DictConfig, stage: str, **arguments: Any) -> Any:
@@ -40,7 +41,7 @@ def build_stage_data(config: DictConfig, stage: str, **arguments: Any) -> Any:
 
 def stage_data(config: DictConfig, stage: str) -> DictConfig:
     """The data config of a stage: `data` with the overrides of `stage.<name>.data`, and the rows that a table
-    of `stage.<name>.row_lengths` ends with. With a `_target_`, `stage.<name>.data` stands for itself.
+    of `stage.<name>.curriculum` ends with. With a `_target_`, `stage.<name>.data` stands for itself.
 
     Raises:
         ValueError: where an override is no key of `data`.
@@ -52,7 +53,7 @@ def stage_data(config: DictConfig, stage: str) -> DictConfig:
         raise ValueError(
             f"stage.{stage}.data: {unknown} is no key of data; keys are {', '.join(config.data)}."
         )
-    table = config.stage[stage].get("row_lengths") or []
+    table = config.stage[stage].get("curriculum") or []
     last = {key: table[-1][key] for key in ("row_length", "rows_per_device")} if table else {}
     return OmegaConf.merge(*base, overrides, last)
 
@@ -72,9 +73,15 @@ def checked_stage(config: DictConfig, name: str, teacher: Any) -> Any:
     stage = build_stage(config, name)
     if stage.name != name:
         raise ValueError(f"stage.{name}.name={stage.name!r} must be {name!r}: results are kept by it.")
-    if teacher.path is None and getattr(getattr(stage, "objective", None), "needs_teacher", True):
+    needs_teacher = getattr(getattr(stage, "objective", stage), "needs_teacher", True)
+    if teacher.path is None and needs_teacher:
         raise ValueError(
             f"stage.{name} needs a teacher; teacher.path is null. Choose teacher=tiny_qwen2 or teacher=hub."
+        )
+    if getattr(stage, "segment_length", 0) and config.trainer.recompute_blocks:
+        raise ValueError(
+            f"stage.{name}.segment_length={stage.segment_length} and trainer.recompute_blocks=true: a block "
+            "that is computed again would find the state of a later segment. Set one of them to 0 or false."
         )
     data = stage_data(config, name)
     module = build_stage_data(config, name, tokenizer=None)
@@ -84,6 +91,36 @@ def checked_stage(config: DictConfig, name: str, teacher: Any) -> Any:
         for length in {phase.row_length for phase in phases} - {data.row_length}:
             build(OmegaConf.merge(data, {"row_length": length}), "data", tokenizer=None)
     return stage
+
+
+def check_callbacks(config: DictConfig, stage: Any, callbacks: Mapping[str, Any]) -> None:
+    """Refuses a stage whose curriculum asks for what no callback of the run does.
+
+    Args:
+        config: of the run.
+        stage: as built; one that does not train passes.
+        callbacks: the run's, by name.
+
+    Raises:
+        ValueError: naming the key and the fix.
+    """
+    if not hasattr(stage, "timeline"):
+        return
+    served = {getattr(callback, "serves", None) for callback in callbacks.values()}
+    timeline = stage_timeline(config, stage, process_count(config))
+    dense = [index for index, phase in enumerate(timeline.phases) if phase.attention == "dense"]
+    needs = {
+        "attention": (dense, "attention=dense", "context_curriculum.ContextCurriculum"),
+        "freezing": (stage.freezing_phases(timeline), "learning_rate of 0", "preheat.Preheat"),
+    }
+    for service, (phases, asked, target) in needs.items():
+        if phases and service not in served:
+            name = target.partition(".")[0]
+            raise ValueError(
+                f"stage.{stage.name}.curriculum[{phases[0]}] asks for {asked}, which is the work of a "
+                f"callback that this run lacks; set +callbacks.{name}._target_=callbacks.{target}, or take "
+                "it out of the entry."
+            )
 
 
 def _check_rows(stage: Any, data: Any) -> None:
@@ -96,8 +133,8 @@ def _check_rows(stage: Any, data: Any) -> None:
             f"{key}.objective compares pairs, and its data has none; set data@{key}.data=preferences."
         )
     whole = [name for name, source in data.sources.items() if hasattr(source, "packed")]
-    if whole and getattr(stage, "row_lengths", []):
+    if whole and getattr(stage, "curriculum", []):
         raise ValueError(
-            f"{key}.row_lengths: conversations ({', '.join(whole)}) are packed whole, in rows of one length; "
-            f"set {key}.row_lengths=[] and {key}.data.row_length."
+            f"{key}.curriculum: conversations ({', '.join(whole)}) are packed whole, in rows of one length; "
+            f"set {key}.curriculum=[] and {key}.data.row_length."
         )

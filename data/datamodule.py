@@ -1,37 +1,26 @@
 """The data module: sources become token stores, stores become rows, rows become batches."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from data.documents import DocumentSource
-from data.loader import Segment, StatefulLoader, collate
-from data.packing import FirstRows, MixedRows, PackedRows, RepeatedPassages, Rows, passage_range
-from data.teacher_cache import TaughtRows, TeacherCache
+from data.loader import collate
+from data.packing import MixedRows, PackedRows, RepeatedPassages, Rows, passage_range
+from data.row_module import VALIDATION_SEED, RowDataModule
 from data.token_store import TokenDocuments, prepare_token_store
 from data.whole_rows import OneByOne
 
 DIVIDING_FIELDS = ("split", "validation_share", "name")
-VALIDATION_SEED = 0  # validation rows never depend on the run's seed
 
 
-class BatchShape(NamedTuple):
-    """So many consecutive batches of `rows_per_device` rows of `row_length` tokens."""
-
-    batches: int
-    row_length: int
-    rows_per_device: int
-
-
-class TextDataModule(pl.LightningDataModule):
-    """Batches {input_ids [B,T] int64, labels [B,T] int64 (-100 ignored), document_ids [B,T] int32}.
+class TextDataModule(RowDataModule):
+    """Rows of tokens of document sources; the other arguments are those of `RowDataModule`.
 
     Args:
         tokenizer: the teacher's.
@@ -40,14 +29,9 @@ class TextDataModule(pl.LightningDataModule):
             `sources`.
         weights: name -> share of training rows; sources that are not named have weight 1.
         repeated_share: share of training rows that hold one passage shown again and again.
-        repeat_first_rows: train on the first so many rows only, again and again; 0 means all.
-        row_length: T, tokens.
-        rows_per_device: B.
         validation_rows: packed rows of each validation source that are evaluated.
         copy_rows: held-out passages, each shown twice, that are evaluated.
         copy_passage_length: tokens of such a passage.
-        workers: loader processes.
-        seed: of the order of rows.
         cache_folder: where token stores live.
         max_bad_share: share of bad documents above which the run stops.
         max_document_bytes: longer documents are quarantined.
@@ -80,27 +64,22 @@ class TextDataModule(pl.LightningDataModule):
         max_tokens: int | None = None,
         cross_documents: bool = False,
     ):
-        super().__init__()
-        self.tokenizer, self.seed, self.workers = tokenizer, seed, workers
+        super().__init__(
+            row_length=row_length,
+            rows_per_device=rows_per_device,
+            validation_rows=validation_rows,
+            repeat_first_rows=repeat_first_rows,
+            workers=workers,
+            seed=seed,
+        )
+        self.tokenizer, self.repeated_share = tokenizer, repeated_share
         self.sources, self.validation_sources = _named(sources), _named(validation_sources)
         self.weights = dict(weights)
-        self.repeat_first_rows = repeat_first_rows
-        self.repeated_share, self.row_length, self.rows_per_device = (
-            repeated_share,
-            row_length,
-            rows_per_device,
-        )
-        self.validation_rows, self.copy_rows, self.copy_passage_length = (
-            validation_rows,
-            copy_rows,
-            copy_passage_length,
-        )
+        self.copy_rows, self.copy_passage_length = copy_rows, copy_passage_length
         self.cache_folder = Path(cache_folder)
         self._stores: dict[DocumentSource, TokenDocuments] = {}
         self.store_options = {"max_bad_share": max_bad_share, "max_document_bytes": max_document_bytes}
         self.max_tokens, self.cross_documents = max_tokens, cross_documents
-        self._shapes: tuple[BatchShape, ...] = ()
-        self._teacher_cache: TeacherCache | None = None
         self._check()
 
     def prepare_data(self) -> None:
@@ -125,15 +104,6 @@ class TextDataModule(pl.LightningDataModule):
                 )
         return self._stores[source]
 
-    def train_on(self, shapes: Sequence[BatchShape]) -> None:
-        """Says what the training batches are, in order; unless it is called, all have `row_length` and
-        `rows_per_device`."""
-        self._shapes = tuple(shapes)
-
-    def teach_from(self, folder: str) -> None:
-        """Makes training batches bring what a teacher cache holds on their rows (`TaughtRow`)."""
-        self._teacher_cache = TeacherCache(folder)
-
     def row_inputs(self) -> dict[str, Any]:
         """What decides the training rows, as plain data: equal descriptions mean equal rows."""
         return {
@@ -147,13 +117,8 @@ class TextDataModule(pl.LightningDataModule):
             **self.store_options,
         }
 
-    def train_rows(self, row_length: int | None = None) -> Rows:
-        """The endless mixture of training rows.
-
-        Args:
-            row_length: T; None means the config's.
-        """
-        row_length = row_length or self.row_length
+    def endless_rows(self, row_length: int) -> Rows:
+        """The endless mixture of training rows."""
         parts, weights = [], []
         for name, source in self.sources.items():
             weight, store = self.weights.get(name, 1.0), self.store(source)
@@ -165,28 +130,7 @@ class TextDataModule(pl.LightningDataModule):
                 parts.append(RepeatedPassages(store, row_length, passages, self.seed))
                 weights.append(weight * self.repeated_share)
         rows = parts[0] if len(parts) == 1 else MixedRows(parts, weights)
-        rows = OneByOne(rows, self.rows_together) if self.rows_together > 1 else rows
-        if self._teacher_cache is not None:
-            rows = TaughtRows(rows, self._teacher_cache)
-        return FirstRows(rows, self.repeat_first_rows) if self.repeat_first_rows else rows
-
-    def train_dataloader(self) -> StatefulLoader:
-        """This rank's loader for the whole stage: `trainer.max_steps` optimiser steps."""
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return StatefulLoader(
-            self._segments(world_size), rank=rank, world_size=world_size, workers=self.workers
-        )
-
-    def _segments(self, world_size: int) -> list[Segment]:
-        """The rows of each shape of batches; each goes on in the text where the one before it ends."""
-        batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        shapes = self._shapes or (BatchShape(batches, self.row_length, self.rows_per_device),)
-        rows, segments = self.train_rows(shapes[0].row_length), []
-        for shape, following in zip(shapes, shapes[1:], strict=False):
-            count = shape.batches * shape.rows_per_device * world_size
-            first, rows = rows.split(count, following.row_length)
-            segments.append(Segment(first, shape.rows_per_device, shape.batches))
-        return [*segments, Segment(rows, shapes[-1].rows_per_device, shapes[-1].batches)]
+        return OneByOne(rows, self.rows_together) if self.rows_together > 1 else rows
 
     def validation_batches(self, rows: int | None = None) -> list[dict[str, Tensor]]:
         """The held-out rows, the same for every run.
@@ -235,11 +179,6 @@ class TextDataModule(pl.LightningDataModule):
                 batches.append(collate([made.row(index) for index in indices]) | {"depths": depths})
         return batches
 
-    def val_dataloader(self) -> DataLoader:
-        """A quarter of the held-out rows, for a look during training."""
-        # Lightning would take a bare list of batches for a collection of loaders.
-        return DataLoader(self.validation_batches(max(1, self.validation_rows // 4)), batch_size=None)
-
     def _packed(self, sources: Mapping[str, DocumentSource], rows: int, seed: int) -> list[dict[str, Tensor]]:
         taken = []
         for source in sources.values():
@@ -247,7 +186,7 @@ class TextDataModule(pl.LightningDataModule):
             groups = min(max(rows // together, 1), packed.rows_per_epoch)
             packed = OneByOne(packed, together) if together > 1 else packed
             taken += [packed.row(index) for index in range(groups * together)]
-        return self._batches(taken)
+        return self.batches(taken)
 
     def _packed_rows(self, source: DocumentSource, row_length: int, seed: int) -> Rows:
         """A source's documents in rows: the source's own kind of rows, or its tokens cut without loss."""
@@ -261,11 +200,7 @@ class TextDataModule(pl.LightningDataModule):
         for source in sources.values():
             passages = RepeatedPassages(self.store(source), 2 * length, (length, length), seed)
             taken += [passages.row(index) for index in range(rows)]
-        return self._batches(taken)
-
-    def _batches(self, rows: list) -> list[dict[str, Tensor]]:
-        size = self.rows_per_device
-        return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return self.batches(taken)
 
     def _check(self) -> None:
         for key in ("sources", "validation_sources"):
@@ -280,12 +215,7 @@ class TextDataModule(pl.LightningDataModule):
             )
         if not 0 <= self.repeated_share <= 1:
             raise ValueError(f"data.repeated_share={self.repeated_share} must lie in [0, 1].")
-        for key in ("row_length", "rows_per_device", "validation_rows", "copy_rows", "copy_passage_length"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data.{key}={getattr(self, key)} must be at least 1.")
-        for key in ("workers", "repeat_first_rows"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"data.{key}={getattr(self, key)} must be 0 or more.")
+        self.check_counts({"copy_rows": 1, "copy_passage_length": 1})
         if self.repeated_share > 0 and self.row_length < 4:
             raise ValueError(
                 f"data.repeated_share={self.repeated_share} needs data.row_length of at least 4."

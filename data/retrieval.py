@@ -1,8 +1,9 @@
-"""Retrieval rows: facts hidden in real text, and at the end a question whose answer stands in the row.
+"""Retrieval rows: facts hidden in a haystack, and at the end a question whose answer stands in the row.
 
-The form is that of NIAH-2 (RULER, arXiv 2404.06654): the haystack is text of a document source, a needle is
-one line `<key> = <value>`, and the question repeats a needle up to its value. A row is a pure function of its
-index.
+The haystack is text of a document source, or a few sentences again and again; a needle is one line such as
+`<key> = <value>`, and the question repeats a needle up to its value. With words for keys and numbers or UUIDs
+for values these are the needle tasks of RULER (arXiv 2404.06654) in the form of a text to be continued. A row
+is a pure function of its index.
 
 Shape letters: B rows, T tokens per row.
 """
@@ -16,10 +17,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from data.packing import IGNORED, Row, shifted_row
+from data.retrieval_texts import NOISE, TEXT_KINDS
 from data.token_store import TokenDocuments
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 LINE_SEARCH = 64  # tokens before a needle's place in which a line break is looked for
+HAYSTACKS = ("text", "noise")
 
 
 class RetrievalRows(Protocol):
@@ -29,7 +32,7 @@ class RetrievalRows(Protocol):
         """The row at a position; only the answer's tokens have labels."""
 
     def depth(self, index: int) -> float:
-        """How far down the haystack the answer stands, in [0, 1)."""
+        """How far down the haystack the answer stands, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,39 +42,87 @@ class Needles:
     Args:
         needles: facts in each row; all but one are distractors.
         template: of a fact, with `{key}` and then `{value}`; what stands before the value is the question.
-        key_length, value_length: characters.
-        characters: that keys and values are made of; none appears twice in a key, or in a value.
+            A single needle may do without a key.
+        haystack: `text` of the source, or `noise`, the same few sentences again and again.
+        keys, values: kinds of texts (data/retrieval_texts.py): letters, numbers, words or uuid.
+        key_length, value_length: letters or digits; None takes 4 letters or 7 digits.
+        characters: that letters are taken from; none appears twice in a key, or in a value.
+        depth: how far down the row each answer stands, in [0, 1], to the token: 0 is the row's beginning, 1
+            directly before the question. None spreads the rows evenly, and puts needles behind line breaks.
 
     Raises:
-        ValueError: for a template without its two fields in that order, or too few different keys.
+        ValueError: for an unknown word, a template without its fields in that order, a length where there is
+            nothing to choose, too few different keys or values, or a depth out of range.
     """
 
     needles: int = 1
     template: str = "\n{key} = {value}\n"
-    key_length: int = 4
-    value_length: int = 4
+    haystack: str = "text"
+    keys: str = "letters"
+    values: str = "letters"
+    key_length: int | None = None
+    value_length: int | None = None
     characters: str = string.ascii_uppercase
+    depth: float | None = None
 
     def __post_init__(self) -> None:
         if self.needles < 1:
             raise ValueError(f"needles={self.needles} must be at least 1.")
-        before, key, rest = self.template.partition("{key}")
-        between, value, after = rest.partition("{value}")
-        if not (key and value) or "{" in before + between + after:
-            raise ValueError(
-                f"template={self.template!r} needs {{key}} and after it {{value}}, each once, for example "
-                "'\\n{key} = {value}\\n'."
-            )
+        for field, known in (("haystack", HAYSTACKS), ("keys", TEXT_KINDS), ("values", TEXT_KINDS)):
+            if getattr(self, field) not in known:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} is unknown; choose one of {', '.join(known)}."
+                )
+        if self.depth is not None and not 0 <= self.depth <= 1:
+            raise ValueError(f"depth={self.depth} must lie in [0, 1], or be null.")
         if len(set(self.characters)) < len(self.characters):
             raise ValueError(f"characters={self.characters!r} names one twice.")
-        for field in ("key_length", "value_length"):
-            length = getattr(self, field)
-            if length < 1 or math.perm(len(self.characters), length) < 10 * self.needles:
-                raise ValueError(
-                    f"{field}={length} gives too few different texts of {len(self.characters)} characters "
-                    f"for needles={self.needles}; raise it (to at most {len(self.characters)}), or give more "
-                    "characters."
-                )
+        self._check_template()
+        for field, kind in (("key_length", self.keys), ("value_length", self.values)):
+            self._check_length(field, kind)
+
+    def _check_template(self) -> None:
+        before, value, after = self.template.partition("{value}")
+        keys, rest = before.count("{key}"), before.replace("{key}", "") + after
+        if not value or "{" in rest or keys > 1 or (not keys and self.needles > 1):
+            raise ValueError(
+                f"template={self.template!r} needs {{key}} and after it {{value}}, each once, for example "
+                "'\\n{key} = {value}\\n'; a single needle may do without {key}."
+            )
+
+    def _check_length(self, field: str, kind: str) -> None:
+        given, own = getattr(self, field), TEXT_KINDS[kind].length
+        if own is None and given is not None:
+            raise ValueError(f"{field}={given} has no effect on {kind}; leave it null.")
+        length = self._length(field)
+        if own is not None and length < 1 or self._different(field, kind) < 10 * self.needles:
+            raise ValueError(
+                f"{field}={length} gives too few different {kind} for needles={self.needles}; raise it "
+                f"(letters: to at most {len(self.characters)}), or give more characters."
+            )
+
+    def _length(self, field: str) -> int:
+        """Letters or digits of a key or a value."""
+        given = getattr(self, field)
+        kind = self.keys if field == "key_length" else self.values
+        return given if given is not None else TEXT_KINDS[kind].length or 0
+
+    def _different(self, field: str, kind: str) -> int:
+        return TEXT_KINDS[kind].different(self._length(field), self.characters)
+
+    def draw_keys(self, generator: np.random.Generator) -> list[str]:
+        """Different keys, one for each needle."""
+        return self._texts(generator, self.keys, "key_length")
+
+    def draw_values(self, generator: np.random.Generator) -> list[str]:
+        """Different values, one for each needle."""
+        return self._texts(generator, self.values, "value_length")
+
+    def _texts(self, generator: np.random.Generator, kind: str, field: str) -> list[str]:
+        found: dict[str, None] = {}
+        while len(found) < self.needles:
+            found[TEXT_KINDS[kind].draw(generator, self._length(field), self.characters)] = None
+        return list(found)
 
     def check_row_length(self, row_length: int, key: str) -> None:
         """Refuses rows that may have no room: a token is at least one byte.
@@ -83,8 +134,11 @@ class Needles:
         Raises:
             ValueError: naming the key.
         """
-        filled = self.template.format(key="0" * self.key_length, value="0" * self.value_length)
-        needed = (self.needles + 1) * len(filled.encode()) + 1
+        longest = {
+            name: "0" * TEXT_KINDS[kind].longest(self._length(f"{name}_length"), self.characters)
+            for name, kind in (("key", self.keys), ("value", self.values))
+        }
+        needed = (self.needles + 1) * len(self.template.format(**longest).encode()) + 1
         if row_length < needed:
             raise ValueError(
                 f"{key}={row_length} is too short for {self.needles} needles and a question of up to "
@@ -102,9 +156,10 @@ class NeedleRows:
     """The rows of `Needles`: haystack with needles, question and answer, together T + 1 tokens, all of one
     document.
 
-    The depth of the needle that is asked for is uniform: along the index it walks over [0, 1) by the golden
-    ratio, so that any few consecutive rows cover it evenly. Distractors lie anywhere. A needle stands behind
-    the nearest line break above its place, where there is one.
+    Without a depth of the task, that of the needle that is asked for is uniform: along the index it walks
+    over [0, 1) by the golden ratio, so that any few consecutive rows cover it evenly; needles stand behind
+    the nearest line break above their place, where there is one. With a depth, it is exact to the token, as
+    long as there is more haystack than a needle has tokens. Distractors lie anywhere.
 
     Args:
         task: what the needles are like.
@@ -135,15 +190,15 @@ class NeedleRows:
         self._head, self._space = stripped, head[len(stripped) :]
 
     def depth(self, index: int) -> float:
-        """The place of the asked needle, as a share of the haystack: 0 is its beginning."""
+        """The place of the asked needle, as a share of what stands before the question."""
+        if self.task.depth is not None:
+            return self.task.depth
         return float((np.random.default_rng([self.seed]).random() + index * GOLDEN_RATIO) % 1)
 
     def row(self, index: int) -> Row:
         """The row at a position; labels are the answer's tokens alone."""
         generator = np.random.default_rng([self.seed, index])
-        keys, values = (
-            self._texts(generator, length) for length in (self.task.key_length, self.task.value_length)
-        )
+        keys, values = self.task.draw_keys(generator), self.task.draw_values(generator)
         questions = [self._encode(self._head.format(key=key)) for key in keys]
         answers = [self._encode(self._space + value) for value in values]
         tail = self._encode(self._tail)
@@ -155,23 +210,18 @@ class NeedleRows:
                 f"of {self.row_length} tokens; raise the row length, or ask for fewer needles."
             )
         haystack = self._haystack(generator, length)
-        places = [int(self.depth(index) * length), *generator.integers(0, length + 1, len(needles) - 1)]
-        tokens = self._with_needles(haystack, needles, [self._line_start(haystack, p) for p in places])
+        places, sides = self._places(generator, index, haystack, [len(needle) for needle in needles])
+        tokens = self._with_needles(haystack, needles, np.lexsort((sides, places)), places)
         tokens = np.asarray([*tokens, *questions[0], *answers[0]], np.int64)
         row = shifted_row(tokens, np.zeros(self.row_length + 1, np.int32))
         row.labels[: -len(answers[0])] = IGNORED
         return row
 
-    def _texts(self, generator: np.random.Generator, length: int) -> list[str]:
-        """So many different keys or values as there are needles."""
-        found: dict[str, None] = {}
-        while len(found) < self.task.needles:
-            chosen = generator.permutation(len(self.task.characters))[:length]
-            found["".join(self.task.characters[place] for place in chosen)] = None
-        return list(found)
-
     def _haystack(self, generator: np.random.Generator, length: int) -> np.ndarray:
-        """A passage of a document drawn at random, and of further ones until [length] tokens are full."""
+        """[length] tokens: a passage of a document drawn at random, and of further ones; or noise."""
+        if self.task.haystack == "noise":
+            noise = self._encode(NOISE)
+            return np.resize(np.roll(noise, -int(generator.integers(len(noise)))), length).astype(np.int64)
         pieces, missing = [], length
         while missing:
             document = self.store.document(int(generator.choice(self.documents)))[:-1]
@@ -187,10 +237,38 @@ class NeedleRows:
                 return end
         return place
 
-    def _with_needles(self, haystack: np.ndarray, needles: list[list[int]], places: list[int]) -> list[int]:
-        """The haystack's tokens with every needle at its place."""
+    def _places(
+        self, generator: np.random.Generator, index: int, haystack: np.ndarray, sizes: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """How much of the haystack stands before each needle; and for needles at one place which come before
+        the asked one (-1) and which after it (1)."""
+        length, others = len(haystack), len(sizes) - 1
+        if self.task.depth is None:
+            drawn = [int(self.depth(index) * length), *generator.integers(0, length + 1, others)]
+            return [self._line_start(haystack, place) for place in drawn], [0] * len(sizes)
+        before = [number for number in range(1, others + 1) if generator.random() < self.task.depth]
+        after = [number for number in range(1, others + 1) if number not in before]
+        asked = round(self.task.depth * (length + sum(sizes[1:]))) - sum(sizes[number] for number in before)
+        while asked < 0 and before:
+            asked += sizes[before[-1]]
+            after.append(before.pop())
+        while asked > length and after:
+            asked -= sizes[after[-1]]
+            before.append(after.pop())
+        asked = min(max(asked, 0), length)
+        places, sides = [asked], [0]
+        for number in range(1, others + 1):
+            sides.append(-1 if number in before else 1)
+            low, high = (0, asked) if number in before else (asked, length)
+            places.append(int(generator.integers(low, high + 1)))
+        return places, sides
+
+    def _with_needles(
+        self, haystack: np.ndarray, needles: list[list[int]], order: np.ndarray, places: list[int]
+    ) -> list[int]:
+        """The haystack's tokens with every needle at its place, in the given order."""
         tokens, last = [], 0
-        for number in np.argsort(places, kind="stable"):
+        for number in order:
             tokens += [*haystack[last : places[number]].tolist(), *needles[number]]
             last = places[number]
         return [*tokens, *haystack[last:].tolist()]

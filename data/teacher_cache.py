@@ -1,9 +1,11 @@
-"""The teacher's most likely tokens, written once and read in the place of the teacher.
+"""What a model says on the rows of a stage, written once and read while the stage trains.
 
-A cache holds, for each token of the first rows of a stage, k token ids, their log-probabilities and the log
-of what is left. It lies in parts of equally many rows; each is a folder that appears whole or not at all,
+A cache holds something for each token of the first rows of a stage: the teacher's word (k token ids, their
+log-probabilities and the log of what is left), read in the place of the teacher; or the loss after a short
+context. It lies in parts of equally many rows; each is a folder that appears whole or not at all,
 so that a killed writer goes on where it stopped, and several processes write at once. Rows are named by their
-position, and each carries a checksum of its tokens: a row that the teacher has not seen is refused.
+position, and each carries a checksum of its tokens: a row that the model has not seen is refused. Where a
+stage changes the length of its rows, each phase has a cache of its own.
 
 Shape letters: R rows of a part, T tokens per row, k ids per token.
 """
@@ -11,7 +13,7 @@ Shape letters: R rows of a part, T tokens per row, k ids per token.
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ MANIFEST = "manifest.json"
 PART = "part.json"
 CHECKSUMS = "row_checksums"
 KEY = "objective.teacher_cache"
+SHORT_KEY = "objective.short_loss"
+WRITERS = {"teacher_cache": "cache_teacher", "short_loss": "cache_short_loss"}  # key of the reader -> stage
 
 
 class TaughtRow(NamedTuple):
@@ -39,6 +43,35 @@ class TaughtRow(NamedTuple):
     teacher_ids: np.ndarray
     teacher_logs: np.ndarray
     teacher_tail: np.ndarray
+
+
+class ShortLossRow(NamedTuple):
+    """A row, and how well each token is predicted after a short context.
+
+    Besides the fields of `Row`: short_loss [T] float32 (nats).
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    document_ids: np.ndarray
+    short_loss: np.ndarray
+
+
+# Of each kind of row: the type in which its arrays are read.
+KINDS: dict[type, dict[str, type]] = {
+    TaughtRow: {"teacher_ids": np.int32, "teacher_logs": np.float16, "teacher_tail": np.float32},
+    ShortLossRow: {"short_loss": np.float32},
+}
+
+
+def writer_of(key: str) -> str:
+    """The stage that writes what a config key names, for messages."""
+    return WRITERS.get(key.rpartition(".")[2], key.split(".")[1])
+
+
+def phase_folders(folder: str | Path, phases: int) -> list[Path]:
+    """Where the caches of a stage's phases lie, each with rows of one length."""
+    return [Path(folder) / f"phase-{number}" for number in range(phases)] if phases > 1 else [Path(folder)]
 
 
 def row_checksum(row: Row) -> int:
@@ -61,7 +94,7 @@ def read_manifest(folder: Path, key: str = KEY) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{key}={folder} holds no teacher cache; write one with stages=[cache_teacher].")
+        raise ValueError(f"{key}={folder} holds no such cache; write one with stages=[{writer_of(key)}].")
     try:
         manifest = json.loads(path.read_text())
         if manifest["format"] != FORMAT:
@@ -89,7 +122,7 @@ def check_cache(folder: Path, inputs: dict[str, Any], rows: int, key: str = KEY)
     """
     manifest = read_manifest(folder, key)
     check_inputs(folder, manifest, inputs, key)
-    again = "run stages=[cache_teacher] again, it goes on where it stopped"
+    again = f"run stages=[{writer_of(key)}] again, it goes on where it stopped"
     if not manifest["complete"]:
         raise ValueError(f"{key}={folder} is not complete; {again}.")
     if manifest["rows"] < rows:
@@ -121,7 +154,7 @@ def check_inputs(folder: Path, manifest: dict[str, Any], inputs: dict[str, Any],
         ]
         raise ValueError(
             f"{key}={folder} was made from something else: {', '.join(said)} differ. Make them equal, or "
-            "name another folder, and write it with stages=[cache_teacher]."
+            f"name another folder, and write it with stages=[{writer_of(key)}]."
         )
 
 
@@ -149,22 +182,23 @@ class TeacherCache:
 
     Args:
         folder: of the cache.
+        key: the config key that names it, for messages.
 
     Raises:
         ValueError: where it is not there or not complete.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+    def __init__(self, folder: str | Path, key: str = KEY):
+        self.folder, self.key = Path(folder), key
+        self.manifest = read_manifest(self.folder, key)
         if not self.manifest["complete"]:
-            raise ValueError(f"{KEY}={folder} is not complete; run stages=[cache_teacher] again.")
+            raise ValueError(f"{key}={folder} is not complete; run stages=[{writer_of(key)}] again.")
         self.rows, self.rows_per_part = self.manifest["rows"], self.manifest["inputs"]["rows_per_part"]
         self._checked: set[int] = set()
         self._open: tuple[int, dict[str, np.ndarray]] = (-1, {})
 
-    def taught(self, index: int, row: Row) -> TaughtRow:
-        """A row with the teacher's word on it.
+    def taught(self, index: int, row: Row) -> TaughtRow | ShortLossRow:
+        """A row with what the cache holds on it.
 
         Args:
             index: position of the row in the sequence that the cache was written for.
@@ -174,20 +208,18 @@ class TeacherCache:
             ValueError: where the cache ends before it, is damaged, or was written for another row.
         """
         if index >= self.rows:
-            raise ValueError(f"{KEY}={self.folder} ends after {self.rows} rows; row {index} is not in it.")
+            raise ValueError(
+                f"{self.key}={self.folder} ends after {self.rows} rows; row {index} is not in it."
+            )
         part = self._part(index // self.rows_per_part)
         place = index % self.rows_per_part
         if int(part[CHECKSUMS][place]) != row_checksum(row):
             raise ValueError(
-                f"{KEY}={self.folder}: row {index} holds other tokens than the teacher saw; the data have "
+                f"{self.key}={self.folder}: row {index} holds other tokens than the model saw; the data have "
                 "changed since. Write the cache anew."
             )
-        return TaughtRow(
-            *row,
-            part["teacher_ids"][place].astype(np.int32),
-            part["teacher_logs"][place].copy(),
-            part["teacher_tail"][place].copy(),
-        )
+        kind = next(kind for kind, names in KINDS.items() if names.keys() <= part.keys())
+        return kind(*row, *(part[name][place].astype(dtype) for name, dtype in KINDS[kind].items()))
 
     def _part(self, number: int) -> dict[str, np.ndarray]:
         if self._open[0] != number:
@@ -199,8 +231,8 @@ class TeacherCache:
                 arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in expected}
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"{KEY}={self.folder}: part {number} is damaged ({error}); delete {folder}, and run "
-                    "stages=[cache_teacher] again."
+                    f"{self.key}={self.folder}: part {number} is damaged ({error}); delete {folder}, and run "
+                    f"stages=[{writer_of(self.key)}] again."
                 ) from error
             self._checked.add(number)
             self._open = (number, arrays)
@@ -208,14 +240,24 @@ class TeacherCache:
 
 
 class TaughtRows:
-    """Rows with what a cache holds on them."""
+    """Rows with what a cache holds on them.
 
-    def __init__(self, rows: Rows, cache: TeacherCache):
-        self.rows, self.cache = rows, cache
+    Args:
+        rows: of one length.
+        caches: of these rows, and of the lengths that follow.
+    """
 
-    def row(self, index: int) -> TaughtRow:
+    def __init__(self, rows: Rows, caches: Sequence[TeacherCache]):
+        self.rows, self.caches = rows, caches
+
+    def row(self, index: int) -> TaughtRow | ShortLossRow:
         """The row at a position, which must lie in the cache."""
-        return self.cache.taught(index, self.rows.row(index))
+        return self.caches[0].taught(index, self.rows.row(index))
+
+    def split(self, count: int, row_length: int) -> tuple["TaughtRows", "TaughtRows"]:
+        """The first rows, and those of the next length, which have the next cache."""
+        first, later = self.rows.split(count, row_length)
+        return TaughtRows(first, self.caches[:1]), TaughtRows(later, self.caches[1:])
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

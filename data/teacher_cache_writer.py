@@ -31,8 +31,8 @@ class TeacherCacheWriter:
 
     Args:
         folder: of the cache.
-        inputs: what the targets are made from: equal inputs mean equal targets. Holds `top_k`, `vocabulary`,
-            `rows_per_part` and `data.row_length`.
+        inputs: what the contents are made from: equal inputs mean equal contents. Holds `rows_per_part` and
+            `data.row_length`; of the teacher's word also `top_k` and `vocabulary`.
         rows: of the finished cache; a cache that holds more keeps them.
         notes: kept in the manifest for the reader.
         key: the config key that names the folder, for messages.
@@ -100,8 +100,10 @@ class TeacherCacheWriter:
 
     def shapes(self, number: int) -> dict[str, tuple[tuple, np.dtype]]:
         """Shape and type of each array of a part."""
-        length, k = self.inputs["data"]["row_length"], self.inputs["top_k"]
-        return part_shapes(len(self.rows_of(number)), length, k, self.inputs["vocabulary"])
+        rows, length = len(self.rows_of(number)), self.inputs["data"]["row_length"]
+        if "top_k" in self.inputs:
+            return part_shapes(rows, length, self.inputs["top_k"], self.inputs["vocabulary"])
+        return short_loss_shapes(rows, length)
 
     def write(self, number: int, arrays: dict[str, np.ndarray]) -> None:
         """Writes a part, which is on disk as a whole when this returns.
@@ -167,6 +169,14 @@ def part_shapes(rows: int, row_length: int, top_k: int, vocabulary: int) -> dict
         "teacher_ids": ((rows, row_length, top_k), ids),
         "teacher_logs": ((rows, row_length, top_k), np.dtype(np.float16)),
         "teacher_tail": ((rows, row_length), np.dtype(np.float32)),
+        CHECKSUMS: ((rows,), np.dtype(np.uint32)),
+    }
+
+
+def short_loss_shapes(rows: int, row_length: int) -> dict[str, tuple[tuple, np.dtype]]:
+    """As `part_shapes`, of losses after a short context."""
+    return {
+        "short_loss": ((rows, row_length), np.dtype(np.float32)),
         CHECKSUMS: ((rows,), np.dtype(np.uint32)),
     }
 

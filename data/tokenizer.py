@@ -45,3 +45,23 @@ def train_bpe_tokenizer(
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def symbol_tokenizer(vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A vocabulary of symbols for synthetic data: token n is written `<n>`; `<0>` ends texts, pads, and
+    stands for whatever is no symbol.
+
+    Args:
+        vocabulary_size: entries.
+
+    Raises:
+        ValueError: for fewer than 2.
+    """
+    if vocabulary_size < 2:
+        raise ValueError(f"tokenizer.vocabulary_size={vocabulary_size} must be at least 2.")
+    symbols = {f"<{number}>": number for number in range(vocabulary_size)}
+    tokenizer = Tokenizer(models.WordLevel(symbols, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<0>", eos_token="<0>", pad_token="<0>"
+    )

@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 PADDING = -1  # document id of a position that holds nothing
 WHAT_BECOMES = {"drop": "left out", "split": "divided into stretches, each a document of its own"}
 ONE_LENGTH = (
-    "row_lengths: conversations and pairs of answers are packed whole, so their rows keep one length; leave "
-    "row_lengths out of this stage and set data.row_length."
+    "curriculum: conversations and pairs of answers are packed whole, so their rows keep one length; leave "
+    "curriculum out of this stage and set data.row_length."
 )
 
 

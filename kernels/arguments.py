@@ -63,13 +63,17 @@ def check_arguments(
     return dtype
 
 
-def check_kind(operator: str, name: str, x: Tensor, r: Tensor) -> None:
-    """Refuses an input on another device than `r`, or of a dtype that cannot be mixed with its own."""
+def check_kind(operator: str, name: str, x: Tensor, r: Tensor, first: str = "r") -> None:
+    """Refuses an input on another device than `r`, which is called `first`, or of a dtype that cannot be
+    mixed with its own."""
     if x.device != r.device:
-        raise ValueError(f"{operator}: {name} is on {x.device} and r on {r.device}; move them to one device")
+        raise ValueError(
+            f"{operator}: {name} is on {x.device} and {first} on {r.device}; move them to one device"
+        )
     if x.dtype not in DTYPES or (x.dtype == torch.float64) != (r.dtype == torch.float64):
         raise ValueError(
-            f"{operator}: {name} is {x.dtype} and r {r.dtype}; use float64 for all, or float32/bf16/fp16"
+            f"{operator}: {name} is {x.dtype} and {first} {r.dtype}; use float64 for all, or "
+            "float32/bf16/fp16"
         )
 
 

@@ -20,10 +20,20 @@ class Made(NamedTuple):
     Attributes:
         like: the input whose dtype, device and, without `shape`, shape it has.
         dtype: instead of that input's.
+        shape: the inputs by name -> the shape.
     """
 
     like: str
     dtype: torch.dtype | None = None
+    shape: Callable[[dict[str, Tensor | None]], Sequence[int]] | None = None
+
+    def make(self, inputs: dict[str, Tensor | None]) -> Tensor | None:
+        """The output, not filled; None where its input is None."""
+        source = inputs[self.like]
+        if source is None:
+            return None
+        shape = source.shape if self.shape is None else self.shape(inputs)
+        return allocate(shape, self.dtype or source.dtype, source.device)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class Signature:
         optional: those of them that may be None.
         gradients: input -> the gradient that the backward pass makes, for the inputs that have one.
         outputs: of the forward pass.
+        constant: those of the outputs that have no gradient.
+        reread: those of the outputs that the backward pass is handed.
         saved: one more output, made only when a backward pass is to come, and handed to it; None where there
             is none.
         step_inputs: names of the tensors of one decoding step; `state` is changed in place.
@@ -46,8 +58,15 @@ class Signature:
     gradients: dict[str, Made]
     outputs: dict[str, Made]
     saved: Made | None
-    step_inputs: tuple[str, ...]
-    step_output: Made
+    step_inputs: tuple[str, ...] = ()
+    step_output: Made | None = None
+    constant: tuple[str, ...] = ()
+    reread: tuple[str, ...] = ()
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        """The outputs whose gradients the backward pass is given."""
+        return tuple(name for name in self.outputs if name not in self.constant)
 
 
 class Operators(NamedTuple):
@@ -55,7 +74,7 @@ class Operators(NamedTuple):
 
     Attributes:
         forward: (inputs, keep) -> outputs and the saved tensor (with `keep` false or nothing to save: empty).
-        backward: (gradients of the outputs, inputs, the saved tensor) -> gradients.
+        backward: (gradients of the outputs, inputs, outputs that it rereads, the saved tensor) -> gradients.
         step: (step inputs) -> the step's output; None where the backend has no step.
         plain_step: the same function without torch's wrapping, or None.
     """
@@ -98,22 +117,22 @@ def register(
         device_types: on which the functions run, such as ["cpu"].
         signature: the operator's.
         forward: (inputs, outputs, saved or None) -> None; None also where nothing is to be saved.
-        backward: (gradients of the outputs, inputs, saved if the signature has one, gradients) -> None. A
-            gradient of an input that was None is None.
+        backward: (gradients of the outputs, inputs, outputs that it rereads, saved if the signature has one,
+            gradients) -> None. A gradient of an input that was None is None.
         step: (step inputs, output) -> None; changes `state`.
     """
     name = f"transmute::{operator}_{backend}"
     devices = tuple(device_types)
-    count = len(signature.inputs)
+    first, count = len(signature.upstream), len(signature.inputs)  # where the inputs stand in a backward call
 
     def made(table: dict[str, Made], tensors: dict[str, Tensor | None]) -> list[Tensor | None]:
-        sources = [(tensors[entry.like], entry.dtype) for entry in table.values()]
-        return [None if x is None else allocate(x.shape, dtype or x.dtype, x.device) for x, dtype in sources]
+        return [entry.make(tensors) for entry in table.values()]
 
     def saved(tensors: dict[str, Tensor | None], keep: bool) -> Tensor:
-        like = tensors[signature.saved.like] if signature.saved else tensors[signature.inputs[0]]
-        dtype = (signature.saved.dtype if signature.saved else None) or like.dtype
-        return allocate(like.shape if keep and signature.saved else (0,), dtype, like.device)
+        if keep and signature.saved:
+            return signature.saved.make(tensors)
+        like = tensors[signature.saved.like if signature.saved else signature.inputs[0]]
+        return like.new_empty(0, dtype=signature.saved.dtype if signature.saved else None)
 
     def packed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if x is None else x.contiguous() for x in tensors]
@@ -133,10 +152,10 @@ def register(
         return *outputs, kept
 
     def run_backward(*arguments):
-        *upstream, kept = packed(arguments)
-        inputs = upstream[-count:]
+        *given, kept = packed(arguments)
+        inputs = given[first : first + count]
         gradients = made(signature.gradients, named(inputs))
-        backward(*upstream, *([kept] if signature.saved else []), *gradients)
+        backward(*given, *([kept] if signature.saved else []), *gradients)
         return tuple(absent(gradients, inputs[0]))
 
     def fake_forward(*arguments):
@@ -144,18 +163,19 @@ def register(
         return *made(signature.outputs, named(tensors)), saved(named(tensors), keep)
 
     def fake_backward(*arguments):
-        inputs = arguments[len(signature.outputs) : -1]
+        inputs = arguments[first : first + count]
         return tuple(absent(made(signature.gradients, named(inputs)), inputs[0]))
 
     arguments = _declared(signature, signature.inputs)
-    upstream = ", ".join(f"Tensor d{name}" for name in signature.outputs)
+    upstream = ", ".join(f"Tensor d{name}" for name in signature.upstream)
+    reread = "".join(f"Tensor {name}, " for name in signature.reread)
     forward_op = torch.library.custom_op(
         name, run_forward, mutates_args=(), device_types=devices,
         schema=f"({arguments}, bool keep) -> {_tensors(len(signature.outputs) + 1)}",
     )  # fmt: skip
     backward_op = torch.library.custom_op(
         f"{name}_backward", run_backward, mutates_args=(), device_types=devices,
-        schema=f"({upstream}, {arguments}, Tensor saved) -> {_tensors(len(signature.gradients))}",
+        schema=f"({upstream}, {arguments}, {reread}Tensor saved) -> {_tensors(len(signature.gradients))}",
     )  # fmt: skip
     forward_op.register_fake(fake_forward)
     backward_op.register_fake(fake_backward)
@@ -163,16 +183,18 @@ def register(
     def setup_context(ctx, inputs, output) -> None:
         if not inputs[-1]:
             raise RuntimeError(f"{name}: gradients were asked for, but keep was False")
-        ctx.save_for_backward(*inputs[:-1], output[-1])
-        ctx.mark_non_differentiable(output[-1])
+        outputs = dict(zip(signature.outputs, output[:-1], strict=True))
+        ctx.save_for_backward(*inputs[:-1], *(outputs[name] for name in signature.reread), output[-1])
+        ctx.mark_non_differentiable(*(outputs[name] for name in signature.constant), output[-1])
         ctx.set_materialize_grads(False)  # or a zero gradient of what is saved is made every time
 
     def differentiate(ctx, *upstream):
         kept = ctx.saved_tensors
-        present = named(kept[:-1])
+        present = named(kept[:count])
+        given = dict(zip(signature.outputs, upstream, strict=False))
         filled = [
-            torch.zeros_like(present[entry.like], dtype=entry.dtype) if x is None else x
-            for x, entry in zip(upstream[:-1], signature.outputs.values(), strict=True)
+            signature.outputs[name].make(present).zero_() if given[name] is None else given[name]
+            for name in signature.upstream
         ]
         found = dict(zip(signature.gradients, backward_op(*filled, *kept), strict=True))
         return *(None if present[n] is None else found.get(n) for n in signature.inputs), None

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import torch
 
@@ -14,7 +15,9 @@ from kernels.jit_build import BuildError
 
 log = logging.getLogger(__name__)
 
-OPERATORS = ("wkv7", "wkv6")  # each a package kernels/<name>; "auto" tries its BACKENDS in their order
+RECURRENCES = ("wkv7", "wkv6")  # with a state; what kernels/bench measures
+# Each a package kernels/<name> with its HEAD_SIZES; "auto" tries its BACKENDS in their order.
+OPERATORS = (*RECURRENCES, "sparse_attention")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,13 @@ class Choice:
 
 def backends(op: str) -> tuple[Backend, ...]:
     """The backends of an operator in the order of "auto"; ValueError for an unknown operator."""
+    return _package(op).BACKENDS
+
+
+def _package(op: str) -> ModuleType:
     if op not in OPERATORS:
         raise ValueError(f"unknown operator {op!r}; known: {', '.join(OPERATORS)}")
-    return importlib.import_module(f"kernels.{op}").BACKENDS
+    return importlib.import_module(f"kernels.{op}")
 
 
 def _named(op: str, name: str, case: Case, step: bool) -> Choice:
@@ -66,7 +73,7 @@ def _named(op: str, name: str, case: Case, step: bool) -> Choice:
     if name not in table:
         raise ValueError(f"unknown backend {name!r} for {op}; choose one of: auto, {', '.join(table)}")
     backend = table[name]
-    reason = _unable(backend, case, step)
+    reason = _unable(op, backend, case, step)
     if reason is not None:
         raise ValueError(
             f"backend={name} cannot run {op} here: {reason}; choose backend=auto or another backend"
@@ -76,11 +83,11 @@ def _named(op: str, name: str, case: Case, step: bool) -> Choice:
     return Choice(backend, "named by the caller", ())
 
 
-def _unable(backend: Backend, case: Case, step: bool) -> str | None:
+def _unable(op: str, backend: Backend, case: Case, step: bool) -> str | None:
     """Why a backend cannot run a case, without building anything."""
     if step and backend.step is None:
         return "it has no decoding step"
-    return unsupported(case) or backend.supports(case)
+    return unsupported(case, _package(op).HEAD_SIZES) or backend.supports(case)
 
 
 def _unprepared(op: str, backend: Backend, case: Case) -> str | None:
@@ -98,7 +105,7 @@ def _unprepared(op: str, backend: Backend, case: Case) -> str | None:
 def _automatic(op: str, case: Case, step: bool) -> Choice:
     """The first backend that can run: in the order measured on this device, else in that of the table."""
     table = backends(op)
-    rejected = {backend.name: _unable(backend, case, step) for backend in table}
+    rejected = {backend.name: _unable(op, backend, case, step) for backend in table}
     able = [backend for backend in table if rejected[backend.name] is None]
     times = {} if step else measured.times(op, case)
     if times:

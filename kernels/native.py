@@ -13,7 +13,8 @@ from kernels import jit_build
 from kernels.case import Case
 
 FOLDER = Path(__file__).parent
-OUT_OF_MEMORY, UNKNOWN_HEAD_SIZE = 1, 2  # as in recurrence.h
+TAKEN = (torch.float32, torch.int32, torch.int8)
+OUT_OF_MEMORY, UNKNOWN_HEAD_SIZE = 1, 2  # as in native.h
 
 
 def supports(case: Case) -> str | None:
@@ -34,18 +35,19 @@ def compiler_flags() -> list[str]:
 @cache
 def library(operator: str) -> ctypes.CDLL:
     """Build (once per machine) and load an operator's cpu.cpp; raises jit_build.BuildError."""
-    source = FOLDER / operator / "cpu.cpp"
-    headers = [FOLDER / "recurrence.h"]
-    return jit_build.load(jit_build.build(f"{operator}_cpu", [source], compiler_flags(), headers=headers))
+    folder = FOLDER / operator
+    headers = [FOLDER / "native.h", FOLDER / "recurrence.h", *sorted(folder.glob("*.h"))]
+    built = jit_build.build(f"{operator}_cpu", [folder / "cpu.cpp"], compiler_flags(), headers=headers)
+    return jit_build.load(built)
 
 
-def call(operator: str, entry: str, shape: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
+def call(operator: str, entry: str, sizes: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
     """Call `<operator>_<entry>` with as many threads as torch uses.
 
     Args:
         operator, entry: such as "wkv7" and "forward".
-        shape: (B, T, H, N).
-        tensors: contiguous, float32 or (codes) int8, in the order of the entry's arguments.
+        sizes: (B, T, H, N), and what else the entry asks for.
+        tensors: contiguous, float32, int32 or (codes) int8, in the order of the entry's arguments.
 
     Raises:
         BuildError: the library cannot be built.
@@ -53,12 +55,12 @@ def call(operator: str, entry: str, shape: Sequence[int], tensors: Sequence[Tens
         MemoryError: there is no memory for what the call keeps beside its outputs.
     """
     for x in tensors:
-        if x is not None and x.dtype not in (torch.float32, torch.int8):
-            raise ValueError(f"the C++ {operator} takes float32 tensors and int8 codes, got {x.dtype}")
-    sizes = [ctypes.c_int64(size) for size in (*shape, torch.get_num_threads())]
+        if x is not None and x.dtype not in TAKEN:
+            raise ValueError(f"the C++ {operator} takes float32, int32 and int8 tensors, got {x.dtype}")
+    numbers = [ctypes.c_int64(size) for size in (*sizes, torch.get_num_threads())]
     addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    status = getattr(library(operator), f"{operator}_{entry}")(*sizes, *addresses)
+    status = getattr(library(operator), f"{operator}_{entry}")(*numbers, *addresses)
     if status == OUT_OF_MEMORY:
-        raise MemoryError(f"the C++ {operator} ran out of memory at [B,T,H,N] = {tuple(shape)}")
+        raise MemoryError(f"the C++ {operator} ran out of memory at [B,T,H,N] = {tuple(sizes[:4])}")
     if status == UNKNOWN_HEAD_SIZE:
-        raise ValueError(f"the C++ {operator} is not compiled for head size {shape[3]}")
+        raise ValueError(f"the C++ {operator} is not compiled for head size {sizes[3]}")

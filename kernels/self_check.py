@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from kernels.arguments import as_taken
 from kernels.case import Case
@@ -41,12 +42,32 @@ def verify(op: str, name: str, run: Callable, case: Case, tolerance: str, native
     tokens = {n: x for n, x in leaves.items() if n not in ("state", "u")}
     bonus = [leaves["u"]] if op == "wkv6" else []
     taken = as_taken(tokens, native, torch.float32)
-    try:
+
+    def found() -> dict[str, Tensor]:
         y, state = run(*taken, *bonus, leaves["state"], token_codes(here.document_ids))
         upstream = here.upstream[0].to(y.dtype), here.upstream[1].to(state.dtype)
         gradients = torch.autograd.grad((y, state), list(leaves.values()), upstream)
-        results = {"y": y, "state_out": state} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
-        found = {n: x.detach().cpu() for n, x in results.items()}
+        return {"y": y, "state_out": state} | dict(zip((f"d{n}" for n in leaves), gradients, strict=True))
+
+    held_against(exact, found, op, name, tolerance)
+
+
+def held_against(
+    exact: dict[str, Tensor], results: Callable[[], dict[str, Tensor]], op: str, name: str, tolerance: str
+) -> None:
+    """Judge what a backend makes of a call.
+
+    Args:
+        exact: what is right, by name.
+        results: makes what is judged, on any device.
+        op, name: the operator and the backend, for messages.
+        tolerance: a key of kernels.examples.TOLERANCES.
+
+    Raises:
+        BuildError: with the errors that are too large, or why there are no results.
+    """
+    try:
+        found = {n: x.detach().cpu() for n, x in results().items()}
     except BuildError:
         raise
     except Exception as error:  # whatever a compiler, a driver or a launch may raise

@@ -18,7 +18,8 @@ from models.architectures import attention_modules
 from models.backbone import backbone_inputs, has_documents
 from models.deferred import differentiate, hand_over
 from models.losses import mean_count
-from models.student import student_mixers
+from models.segments import with_index
+from models.student import aligned_mixers
 from models.token_weights import token_weights
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
@@ -37,21 +38,21 @@ def aligned_layers(
     """The alignment loss of every replaced layer, and their mean with the gradients of all mixers attached.
 
     Args:
-        student: its mixers take part; nothing else of it runs.
+        student: its mixers take part, but for those of inserted layers; nothing else of it runs.
         teacher: the frozen stack whose hidden states every mixer reads.
         batch: input_ids and document_ids [B,T].
         token_loss: (output, target), each [n,D], to a loss per token [n].
         repeat_weight: of tokens at which a document repeats itself (models/token_weights.py).
-        layer_weights: one number per decoder layer; None weighs all alike.
+        layer_weights: one number per decoder layer of the teacher; None weighs all alike.
 
     Returns:
-        Detached loss per layer index, in which all tokens count alike, and the weighted mean as a
-        differentiable scalar.
+        Detached loss per layer, by the teacher's number, in which all tokens count alike, and the weighted
+        mean as a differentiable scalar.
 
     Raises:
         ValueError: where the student has no mixer to align.
     """
-    mixers = student_mixers(student)
+    mixers = aligned_mixers(student)
     if not mixers:
         raise ValueError(
             "stage align: student.layer_plan keeps attention in every layer; there is nothing to align."
@@ -67,12 +68,13 @@ def aligned_layers(
 
     def align_layer(index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
         with torch.set_grad_enabled(differentiable):
+            kwargs["sequence_context"].index_losses = [] if differentiable else None
             output, _ = mixers[index](**kwargs)
             plain, loss = layer_loss(output, given[0])
             loss = loss * (given_weights[index] / mean_weight)
-            share = loss / len(mixers)
+            share, _ = with_index(loss / len(mixers), kwargs["sequence_context"].index_losses)
         losses[index], weighted[index] = plain.detach(), loss.detach()
-        if loss.requires_grad:  # a mixer may be frozen as a whole
+        if share.requires_grad:  # a mixer may be frozen as a whole
             own = [parameter for parameter in mixers[index].parameters() if parameter.requires_grad]
             gradients.update(zip(own, differentiate(share, own), strict=True))
 
@@ -109,7 +111,7 @@ def beside_attention(
     """Runs the teacher's backbone and visits layers right after their attention, without gradients.
 
     Args:
-        layers: indices.
+        layers: numbers of the teacher's.
         teacher: the frozen stack.
         batch: input_ids and document_ids [B,T].
         visit: called with a layer's index, the arguments that its attention was called with, and what it

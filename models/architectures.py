@@ -34,6 +34,10 @@ class Architecture:
         rotates: attribute of the attention module that tells whether it rotates; None means always.
         masks_by_layer_type: whether the backbone takes a mask per name in config.layer_types; otherwise it
             takes one mask for all layers, with a window where config.sliding_window is set.
+        feed_forward_output: paths, in a decoder layer, of the modules or tensors whose weights make what
+            the feed-forward layer adds; a layer has at least one of them. With these and `output` at 0 a
+            layer adds nothing. Empty where there are no such tensors: layers cannot be inserted then
+            (models/expansion.py).
     """
 
     layers: str = "layers"
@@ -50,6 +54,7 @@ class Architecture:
     rotation: str = "half"
     rotates: str | None = None
     masks_by_layer_type: bool = False
+    feed_forward_output: tuple[str, ...] = ("mlp.down_proj",)
 
 
 ARCHITECTURES = {
@@ -64,7 +69,11 @@ ARCHITECTURES = {
     "phi3": Architecture(fused="qkv_proj"),
     "qwen2": Architecture(masks_by_layer_type=True),
     "qwen3": Architecture(query_norm="q_norm", key_norm="k_norm", masks_by_layer_type=True),
-    "qwen3_moe": Architecture(query_norm="q_norm", key_norm="k_norm"),
+    "qwen3_moe": Architecture(
+        query_norm="q_norm",
+        key_norm="k_norm",
+        feed_forward_output=("mlp.down_proj", "mlp.experts.down_proj"),
+    ),
     "smollm3": Architecture(rotates="use_rope", masks_by_layer_type=True),
 }
 

@@ -25,12 +25,15 @@ class SequenceContext:
             comes from; None means yes.
         first_value: [B,T,G,N] value of the first RWKV layer, set by that layer and read by the later ones.
         local_gradients: whether `first_value` enters later layers without a gradient (layer-wise alignment).
+        index_losses: where mixers that choose what they see put how far their index is from attention (a
+            scalar each, nats); None asks for nothing.
     """
 
     document_ids: Tensor | None = None
     continues: Tensor | None = None
     first_value: Tensor | None = None
     local_gradients: bool = False
+    index_losses: list[Tensor] | None = None
 
 
 def has_documents(document_ids: Tensor | None) -> bool:
@@ -136,7 +139,11 @@ def _continues(document_ids: Tensor, queries: int) -> Tensor | None:
 
 
 def hidden_states(
-    model: PreTrainedModel, input_ids: Tensor, document_ids: Tensor | None = None, cache: Cache | None = None
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    document_ids: Tensor | None = None,
+    cache: Cache | None = None,
+    index_losses: list[Tensor] | None = None,
 ) -> Tensor:
     """Final hidden states (after the last norm) of a causal language model: [B,T] -> [B,T,D].
 
@@ -146,8 +153,10 @@ def hidden_states(
         document_ids: [B,T] int32 or None; with a cache [B, tokens in the cache + T]. Attention, positions and
             recurrent states never cross a document.
         cache: decoding cache, read and advanced.
+        index_losses: as in `SequenceContext`.
     """
     inputs = backbone_inputs(model, document_ids, input_ids.shape[1], cache)
+    inputs["sequence_context"].index_losses = index_losses
     use_cache = cache is not None
     output = model.base_model(input_ids=input_ids, past_key_values=cache, use_cache=use_cache, **inputs)
     return output.last_hidden_state

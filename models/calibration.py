@@ -28,7 +28,7 @@ from models.induction import SCORE, LayerInputs, read_copies, scale_banks, start
 from models.losses import ALIGNMENT_LOSSES
 from models.mixers.base import Mixer
 from models.stage import freeze_all_but
-from models.student import student_mixers
+from models.student import aligned_mixers
 
 UNIFORM_RATE, SHARP_RATE = 0.3, 0.7  # in-context learning rate of heads that see all alike, and one token
 INSIDE = (0.01, 0.99)  # what of a logistic function's reach is used: it never gets to its ends
@@ -204,7 +204,7 @@ class CalibrateMixers:
         precision: Callable[[], AbstractContextManager],
     ) -> int:
         """Aligns all mixers on the rows, each process on its own batches; tokens of all of them."""
-        parameters = [p for mixer in student_mixers(student).values() for p in mixer.parameters()]
+        parameters = [p for mixer in aligned_mixers(student).values() for p in mixer.parameters()]
         freeze_all_but(student, parameters)
         optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.95))
         together = ranks.world_size()
@@ -229,13 +229,13 @@ class CalibrateMixers:
 
 
 def can_be_set(plan: Sequence[str]) -> bool:
-    """Whether a layer plan has a mixer with something to set."""
+    """Whether a layer plan has a mixer with something to set; inserted ones have nothing to imitate."""
     return any(name in DECAYS for name in plan)
 
 
 def calibrated_mixers(student: PreTrainedModel) -> dict[int, Mixer]:
-    """Layer index -> mixer, of those that have something to set."""
-    return {index: mixer for index, mixer in student_mixers(student).items() if mixer.name in DECAYS}
+    """Number of the teacher's layer -> mixer, of those that have something to set."""
+    return {index: mixer for index, mixer in aligned_mixers(student).items() if mixer.name in DECAYS}
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
 """The student as a config describes it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from models.layer_plan import ATTENTION, LayerPlan
+from models.layer_plan import ATTENTION, LayerPlan, is_inserted, mixer_name
 from models.mixers import MIXERS
 
 STARTS = ("transfer", "random_mixers", "random")
@@ -44,13 +44,21 @@ class StudentConfig:
         """The options of a mixer, its defaults where the config says nothing."""
         return self.mixers.get(mixer) or MIXERS[mixer].options_class()
 
+    def entry_options(self, entry: str) -> Any:
+        """The options of what an entry of a plan names. Banks of induction heads are for the layers of the
+        teacher that have such heads, by its numbers, so an inserted layer has none."""
+        options = self.options(mixer_name(entry))
+        if is_inserted(entry) and getattr(options, "induction_layers", None):
+            return replace(options, induction_layers=[])
+        return options
+
     def is_mixer(self, name: str) -> bool:
         """Whether a layer that a plan gives this name holds a mixer, not the teacher's own attention."""
         return name != ATTENTION or getattr(self.mixers.get(name), "changes_attention", False)
 
     def replaced(self, plan: Sequence[str]) -> list[int]:
-        """The layers of a plan that hold a mixer."""
-        return [index for index, name in enumerate(plan) if self.is_mixer(name)]
+        """The places in a plan that hold a mixer, those of inserted layers among them."""
+        return [place for place, entry in enumerate(plan) if self.is_mixer(mixer_name(entry))]
 
 
 def plain_options(options: Any) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from models.architectures import (
 )
 from models.backbone import provide_context
 from models.config import StudentConfig
-from models.layer_plan import from_file
+from models.expansion import check_expansion, expand, inserted_rows, number_layers, silence
+from models.layer_plan import from_file, is_inserted, mixer_name, teacher_numbers, teacher_part
 from models.mixers import MIXERS, AttentionShape, Mixer
-from models.student import student_mixers
+from models.student import student_mixers, teacher_places
 from models.transfer import TransferRow, draw, fill, transfer_table
 
 log = logging.getLogger(__name__)
@@ -86,15 +87,18 @@ def build_student(
     Args:
         teacher: the pretrained model.
         config: mixer options and start.
-        plan: one name per decoder layer.
+        plan: resolved, one entry per decoder layer of the student.
 
     Returns:
-        The student, on the teacher's device, and a row for every teacher tensor and every new one.
+        The student, on the teacher's device, and a row for every teacher tensor and every new one. What it
+        computes, and what it draws at random, does not depend on inserted layers.
 
     Raises:
-        ValueError: for an unknown family or a head size that a mixer does not support.
+        ValueError: for an unknown family, a head size that a mixer does not support, or inserted layers that
+            cannot be.
     """
     check_family(teacher.config)
+    check_expansion(config, plan, teacher.config.model_type)
     student = copy.deepcopy(teacher).float()
     if config.start == "random":
         student = AutoModelForCausalLM.from_config(
@@ -102,54 +106,102 @@ def build_student(
         ).float()
     _restore_scales(student.to(teacher.device))
     untied = _untie(student)
-    install_mixers(student, config, plan)
-    for index, mixer in ((i, m) for i, m in attention_modules(student).items() if isinstance(m, Mixer)):
+    expand(student, plan)
+    mixed = config.replaced(plan)
+    for inserted in (False, True):  # so that inserted ones draw nothing before the others have
+        places = [place for place in mixed if is_inserted(plan[place]) == inserted]
+        _put_mixers(student, config, plan, places)
+        _start_mixers(student, teacher, config, plan, places)
+    _finish(student, plan)
+    rows = transfer_table(teacher, student, config, untied) + inserted_rows(teacher, student, config)
+    return student.requires_grad_(True).train(), rows
+
+
+def _start_mixers(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    config: StudentConfig,
+    plan: list[str],
+    places: list[int],
+) -> None:
+    """Gives new mixers what `config.start` says; an inserted one gets it from the layer before, and is
+    silent."""
+    architecture, numbers = architecture_of(teacher.config.model_type), teacher_numbers(plan)
+    for place in places:
+        mixer = attention_modules(student)[place]
         if config.start == "transfer":
-            attention = dict(attention_modules(teacher)[index].named_parameters())
-            fill(mixer, attention, architecture_of(teacher.config.model_type))
+            attention = dict(attention_modules(teacher)[numbers[place]].named_parameters())
+            fill(mixer, attention, architecture)
         else:
-            draw(mixer)
-    return student.requires_grad_(True).train(), transfer_table(teacher, student, config, untied)
+            draw(mixer, getattr(student.config, "initializer_range", 0.02))
+        if is_inserted(plan[place]):
+            silence(decoder_layers(student)[place], architecture)
 
 
 def check_plan(config: StudentConfig, hf_config: PretrainedConfig) -> list[str]:
     """The layer plan for a teacher of which only the config is known.
 
     Raises:
-        ValueError: for an unknown family, a plan that does not fit its layers, or a head size that a mixer
-            lacks.
+        ValueError: for an unknown family, a plan that does not fit its layers, a head size that a mixer
+            lacks, or inserted layers that cannot be.
     """
     check_family(hf_config)
     layer_count = hf_config.num_hidden_layers
     plan = from_file(config.layer_plan, layer_count).resolve(layer_count, list(MIXERS))
+    check_expansion(config, plan, hf_config.model_type)
     size = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-    for name in sorted({plan[index] for index in config.replaced(plan)}):
+    for name in sorted({mixer_name(plan[place]) for place in config.replaced(plan)}):
         MIXERS[name].check_head_size(size)
     return plan
 
 
 def install_mixers(model: PreTrainedModel, config: StudentConfig, plan: list[str]) -> None:
-    """Replaces attention modules by new mixers as the plan says, and lets the model make its own context."""
-    for index in config.replaced(plan):
-        name = plan[index]
-        mixer = _new_mixer(model, index, name, config.options(name), first=index == plan.index(name))
-        replace_attention(model, {index: mixer})
+    """Replaces attention modules by new mixers as the plan says, and lets the model make its own context.
+
+    Args:
+        model: has a layer with attention for every entry of the plan, inserted ones among them.
+        config: mixer options.
+        plan: resolved.
+    """
+    _put_mixers(model, config, plan, config.replaced(plan))
+    _finish(model, plan)
+
+
+def _put_mixers(model: PreTrainedModel, config: StudentConfig, plan: list[str], places: list[int]) -> None:
+    """Puts new mixers into some layers, those at the given places of the plan. A mixer starts according to
+    the teacher's number of its layer, and finds its part of a cache by its place."""
+    names, numbers = list(map(mixer_name, plan)), teacher_numbers(plan)
+    depth = len(teacher_part(plan))
+    for place in places:
+        mixer = _new_mixer(
+            attention_modules(model)[place],
+            model,
+            names[place],
+            config.entry_options(plan[place]),
+            layer_index=numbers[place],
+            layer_count=depth,
+            first=place == names.index(names[place]),
+        )
+        mixer.layer_index = place
+        replace_attention(model, {place: mixer})
+
+
+def _finish(model: PreTrainedModel, plan: list[str]) -> None:
+    """Makes a model that has its mixers a student."""
+    for layer, entry in zip(decoder_layers(model), plan, strict=True):
+        layer.inserted = is_inserted(entry)
     keep_score_caps(model)
     provide_context(model.base_model)
 
 
-def _new_mixer(model: PreTrainedModel, index: int, name: str, options: Any, first: bool) -> Mixer:
-    """A mixer for a layer in which the model has its attention, on the model's device."""
+def _new_mixer(attention: nn.Module, model: PreTrainedModel, name: str, options: Any, **place: Any) -> Mixer:
+    """A mixer for one of a model's attention modules, on the model's device; `place` is layer_index,
+    layer_count and first of the mixer's class, by the teacher's numbers."""
     device = next(model.parameters()).device
     # Mixers are drawn on the CPU, wherever the model is; a model without weights gets them without.
     with torch.device("meta" if device.type == "meta" else "cpu"):
-        mixer = MIXERS[name](
-            attention_shape(attention_modules(model)[index], architecture_of(model.config.model_type)),
-            options,
-            layer_index=index,
-            layer_count=len(decoder_layers(model)),
-            first=first,
-        )
+        shape = attention_shape(attention, architecture_of(model.config.model_type))
+        mixer = MIXERS[name](shape, options, **place)
     return mixer.to(device)
 
 
@@ -165,18 +217,20 @@ def restore_attention(
 
     Args:
         student, teacher: over the same architecture.
-        layers: indices.
+        layers: numbers of the teacher's.
         trainable: whether the student gets its own float32 copy, for good; otherwise it borrows the teacher's
             module, until `replace_attention` puts the mixers back.
         config: the student's; with it, a copy is what its config has for kept layers.
 
     Returns:
-        The modules that stood there before.
+        The modules that stood there before, by their places in the student.
     """
+    places = teacher_places(student)
     if not trainable:
-        return replace_attention(student, {index: attention_modules(teacher)[index] for index in layers})
-    copies = {index: kept_module(teacher, index, config) for index in layers}
+        return replace_attention(student, {places[n]: attention_modules(teacher)[n] for n in layers})
+    copies = {places[number]: kept_module(teacher, number, config) for number in layers}
     before = replace_attention(student, {i: module.requires_grad_(True) for i, module in copies.items()})
+    number_layers(student)
     firsts = {type(mixer): mixer for mixer in reversed(student_mixers(student).values())}
     for mixer in firsts.values():  # those before it may have gone
         mixer.become_first()
@@ -200,8 +254,9 @@ def kept_module(
     module = attention_modules(teacher)[index]
     if config is None or not config.is_mixer(config.layer_plan.kept):
         return copy.deepcopy(module).float()
-    name = config.layer_plan.kept
-    mixer = _new_mixer(teacher, index, name, config.options(name), first=False)
+    name, depth = config.layer_plan.kept, len(decoder_layers(teacher))
+    options = config.options(name)
+    mixer = _new_mixer(module, teacher, name, options, layer_index=index, layer_count=depth, first=False)
     fill(mixer, attention or dict(module.named_parameters()), architecture_of(teacher.config.model_type))
     return mixer
 

@@ -24,11 +24,12 @@ and windowed attention count as attention to all keys; sparse attention does com
 Not counted: evaluation, text samples, checkpoints, reading data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kernels.case import HEAD_SIZES
-from models.layer_plan import ATTENTION
+from models.layer_plan import ATTENTION, mixer_name, teacher_part
 from models.objectives import Align
 from models.outline import Outline
 
@@ -117,7 +118,8 @@ class Work:
         student: its outline.
         teacher: its outline, or None where the run has none.
         asks_teacher: whether the stage runs the teacher, which is in memory in any case.
-        mixers_trained, rest_trained: whether these groups have a learning rate (models/stage.py).
+        mixers_trained, inserted_trained, rest_trained: whether these groups have a learning rate
+            (models/stage.py).
         row_length: T, tokens.
         recompute: whether layers forget their activations.
     """
@@ -127,6 +129,7 @@ class Work:
     teacher: Outline | None = None
     asks_teacher: bool = True
     mixers_trained: bool = True
+    inserted_trained: bool = True
     rest_trained: bool = True
     row_length: int = 512
     recompute: bool = False
@@ -134,8 +137,15 @@ class Work:
     @property
     def trained(self) -> int:
         """Parameters with a learning rate."""
-        rest = self.student.parameters - self.student.mixers
-        return self.student.mixers * self.mixers_trained + rest * self.rest_trained
+        return self.trained_of(self.student.parameters)
+
+    def trained_of(self, parameters: int) -> int:
+        """Of so many of the student's parameters, mixers and inserted layers among them, those with a
+        learning rate."""
+        student = self.student
+        rest = parameters - student.mixers - student.inserted
+        added = student.inserted * self.inserted_trained
+        return student.mixers * self.mixers_trained + added + rest * self.rest_trained
 
 
 def kind_of(objective: Any) -> str:
@@ -147,15 +157,15 @@ def kind_of(objective: Any) -> str:
     return "distill" if objective.needs_teacher else "cross_entropy"
 
 
-def operator_flops(model: Outline, row_length: int, layers: set[str] | None = None) -> float:
+def operator_flops(model: Outline, row_length: int, entries: Sequence[str] | None = None) -> float:
     """Forward operations per token of all layers' operators, projections left out.
 
     Args:
         model: teacher or student.
         row_length: T.
-        layers: only the layers with these names; None means all.
+        entries: of its plan, the layers to count; None means all.
     """
-    names = [name for name in model.plan if layers is None or name in layers]
+    names = list(map(mixer_name, model.plan if entries is None else entries))
     states = (
         sum(STATE_OPERATIONS.get(name, 0) for name in names)
         * model.inner
@@ -168,16 +178,14 @@ def flops_per_token(work: Work) -> float:
     """Operations that one token of a stage costs (formulas: top of this file)."""
     student, teacher = work.student, work.teacher
     if work.kind == "align":
-        mixers = 2 * student.mixers + operator_flops(
-            student, work.row_length, set(student.plan) - {ATTENTION}
-        )
+        aligned = [name for name in teacher_part(student.plan) if name != ATTENTION]
+        mixers = 2 * student.mixers + operator_flops(student, work.row_length, aligned)
         return _backbone(teacher, work.row_length) + 3 * mixers
     observed = _forward(teacher, work.row_length) if teacher and work.asks_teacher else 0.0
     if work.kind == "forward":
         return observed + _forward(student, work.row_length)
     passes = 4 if work.recompute else 3
-    rest = student.multiplied - student.mixers
-    frozen = student.mixers * (not work.mixers_trained) + rest * (not work.rest_trained)
+    frozen = student.multiplied - work.trained_of(student.multiplied)
     head = (6 if work.rest_trained else 4) * student.head
     return observed + passes * _backbone(student, work.row_length) + head - 2 * frozen
 

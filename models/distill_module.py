@@ -1,6 +1,6 @@
 """The Lightning module of every training stage: a student, a frozen teacher beside it, and an objective."""
 
-import logging
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,12 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from models import ranks
+from models.curriculum import DENSE
 from models.evaluation import batch_metrics
 from models.stage import StageConfig, assert_float32, freeze_all_but
-from models.student import student_mixers
-from models.timeline import Phase, Timeline
-
-log = logging.getLogger(__name__)
+from models.student import GROUPS, parameter_groups, student_mixers
+from models.timeline import Timeline
 
 
 class ConversionModule(pl.LightningModule):
@@ -32,7 +31,7 @@ class ConversionModule(pl.LightningModule):
 
     Emits: `<stage>/loss`, `<stage>/kl`, ... per logged step; `<stage>/layer_<i>/alignment`;
         `<stage>/learning_rate/<group>`;
-    `<stage>/validation_<metric>`; `<stage>/row_length` where a table of them begins with another one.
+    `<stage>/validation_<metric>`.
     """
 
     def __init__(
@@ -52,17 +51,17 @@ class ConversionModule(pl.LightningModule):
         self.stage, self.tokenizer = stage, tokenizer
         self.stage_name = stage.name
         self.timeline, self.tokens_before = timeline, tokens_before
-        self._phase: Phase | None = None
         self._groups = parameter_groups(student)
-        trained = [
-            p for group, parameters in self._groups.items() if stage.learning_rate[group] for p in parameters
-        ]
-        if not trained:
+        phases = timeline.phases
+        ever = {group for phase in phases for group in stage.trained_groups(phase)}
+        if not self.train_only(ever):
+            has = ", ".join(group for group in GROUPS if self._groups[group])
             raise ValueError(
-                f"stage.{stage.name}: the student has no parameter in the groups with a learning rate."
+                f"stage.{stage.name}: the student has no parameter in the groups with a learning rate "
+                f"({', '.join(sorted(ever))}); give stage.{stage.name}.learning_rate a rate above 0 for one "
+                f"of {has}."
             )
-        assert_float32(trained)
-        freeze_all_but(student, trained)
+        assert_float32([p for group in ever for p in self._groups[group]])
 
     @property
     def teacher(self) -> PreTrainedModel | None:
@@ -88,29 +87,40 @@ class ConversionModule(pl.LightningModule):
         """Tokens of the run, over all devices, after `step` optimiser steps of this stage."""
         return self.tokens_before + self.timeline.tokens_at(step)
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_index: int) -> None:
-        """Says with which step rows of another length begin, where the stage has a table of them."""
-        step = self.trainer.global_step
-        phase = self.timeline.phase_at(step)
-        if not self.stage.row_lengths or phase is self._phase:
-            return
-        self._phase = phase
-        log.info(
-            "Stage %s: rows of %d tokens, %d per device, from step %d to %d (%d tokens each)",
-            self.stage_name,
-            phase.row_length,
-            phase.rows_per_device,
-            phase.first_step,
-            phase.first_step + phase.steps,
-            phase.tokens_per_step,
-        )
-        if step == phase.first_step:  # a run that goes on within the phase has logged it
-            for logger in self.loggers:
-                logger.log_metrics({f"{self.stage_name}/row_length": phase.row_length}, step=step - 1)
+    def groups_at(self, step: int) -> tuple[str, ...]:
+        """The parameter groups that train in the optimiser step after `step` others."""
+        return self.stage.trained_groups(self.timeline.phase_at(step))
+
+    def groups_before(self, step: int) -> tuple[str, ...]:
+        """The parameter groups that `step` optimiser steps have trained, and the optimiser has a state of."""
+        phases = [phase for phase in self.timeline.phases if phase.first_step < step]
+        trained = {group for phase in phases for group in self.stage.trained_groups(phase)}
+        return tuple(group for group in GROUPS if group in trained)
+
+    def count_parameters(self, groups: Collection[str]) -> int:
+        """Numbers in the parameters of some groups."""
+        return sum(parameter.numel() for group in groups for parameter in self._groups[group])
+
+    def train_only(self, groups: Collection[str]) -> int:
+        """Makes exactly some groups trainable; returns how many numbers they have. What is frozen has no
+        gradient from here on, not even an old one."""
+        freeze_all_but(self.student, [p for group in groups for p in self._groups[group]])
+        for parameter in self.student.parameters():
+            if not parameter.requires_grad:
+                parameter.grad = None
+        return self.count_parameters(groups)
+
+    def set_attention(self, kind: str) -> None:
+        """How the student's sparse mixers attend from now on: `dense` or `sparse`."""
+        for mixer in student_mixers(self.student).values():
+            if hasattr(mixer, "dense"):
+                mixer.dense = kind == DENSE
 
     def training_step(self, batch: dict[str, Tensor], batch_index: int) -> Tensor:
         """One batch {input_ids, labels, document_ids} [B,T] to the scalar loss."""
-        terms = self.stage.objective(self.student, self.guide, batch)
+        length = self.stage.segment_length
+        options = {"segment_length": length} if length else {}
+        terms = self.stage.objective(self.student, self.guide, batch, **options)
         metrics = {f"{self.stage_name}/{name}": value for name, value in terms.parts.items()}
         metrics |= {f"{self.stage_name}/layer_{i}/alignment": value for i, value in terms.per_layer.items()}
         metrics[f"{self.stage_name}/total"] = terms.total.detach()
@@ -122,8 +132,8 @@ class ConversionModule(pl.LightningModule):
         return terms.total
 
     def _rates(self) -> dict[str, float]:
-        """The learning rates of the coming optimiser step."""
-        trained = (group for group in self._groups if self.stage.learning_rate[group])
+        """The learning rates of the coming optimiser step, of the groups that the stage trains."""
+        trained = (group for group in GROUPS if self._groups[group] and self.stage.learning_rate[group])
         step = self.trainer.global_step
         return {group: self.stage.rate_at(group, step, self.timeline) for group in trained}
 
@@ -161,10 +171,3 @@ class ConversionModule(pl.LightningModule):
         self.student.train(was_training)
         teacher, student = (None if text is None else text[:, ids.shape[1] :] for text in texts)
         return teacher, student
-
-
-def parameter_groups(student: PreTrainedModel) -> dict[str, list[torch.nn.Parameter]]:
-    """The two learning-rate groups: `mixers` (what replaced attention) and `rest`."""
-    mixers = [parameter for mixer in student_mixers(student).values() for parameter in mixer.parameters()]
-    known = {id(parameter) for parameter in mixers}
-    return {"mixers": mixers, "rest": [p for p in student.parameters() if id(p) not in known]}

@@ -187,13 +187,14 @@ def held_out_row(
     """The figures of one row of the results table, and the curves by position.
 
     Returns:
-        loss, perplexity, copy_gain, copy_first, copy_second and, with a teacher, kl and top1_agreement; and
-        metric -> mean by position in the row.
+        loss, perplexity; where there are copies, copy_gain, copy_first and copy_second; with a teacher, kl
+        and top1_agreement; and metric -> mean by position in the row.
     """
     sums = evaluate(model, teacher, batches)
-    copies = copy_gain(evaluate(model, None, copy_batches))
     means = sums.means()
     row = {"loss": means["loss"], "perplexity": math.exp(min(means["loss"], 700.0))}
     row |= {name: means[name] for name in ("kl", "top1_agreement") if name in means}
-    row |= {"copy_gain": copies["gain"], "copy_first": copies["first"], "copy_second": copies["second"]}
+    if copy_batches:
+        copies = copy_gain(evaluate(model, None, copy_batches))
+        row |= {f"copy_{name}": value for name, value in copies.items()}
     return row, sums.position_means()

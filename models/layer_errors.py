@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from models.architectures import ARCHITECTURES, decoder_layers
 from models.backbone import hidden_states
+from models.student import teacher_places
 
 
 def why_not_comparable(model: PreTrainedModel, teacher: PreTrainedModel) -> str | None:
@@ -20,10 +21,13 @@ def why_not_comparable(model: PreTrainedModel, teacher: PreTrainedModel) -> str 
     for one in (model, teacher):
         if one.config.model_type not in ARCHITECTURES:
             return f"the architecture {one.config.model_type} is unknown"
-    for field in ("num_hidden_layers", "hidden_size"):
-        ours, theirs = getattr(model.config, field), getattr(teacher.config, field)
-        if ours != theirs:
-            return f"{field} is {ours}, and the teacher's {theirs}"
+    sizes = [
+        {"num_hidden_layers": len(teacher_places(one)), "hidden_size": one.config.hidden_size}
+        for one in (model, teacher)
+    ]
+    for field, theirs in sizes[1].items():
+        if sizes[0][field] != theirs:
+            return f"{field} is {sizes[0][field]}, and the teacher's {theirs}"
     return None
 
 
@@ -38,13 +42,14 @@ def layer_errors(
     putting out zeros. What a layer gets wrong is handed to the next: errors add up along the stack.
 
     Args:
-        model, teacher: in evaluation mode, on one device, with as many layers of the same width.
+        model, teacher: in evaluation mode, on one device, with as many layers of the same width, but for
+            layers that are inserted into the model.
         batches: input_ids and document_ids [B,T]; document -1 is padding and left out.
 
     Returns:
-        One number per decoder layer, in order.
+        One number per decoder layer of the teacher, in order.
     """
-    squares, tokens = torch.zeros(len(decoder_layers(model)), dtype=torch.float64), 0
+    squares, tokens = torch.zeros(len(decoder_layers(teacher)), dtype=torch.float64), 0
     device = next(model.parameters()).device
     for batch in batches:
         ids, documents = (batch[name].to(device) for name in ("input_ids", "document_ids"))
@@ -66,13 +71,15 @@ def _relative_squares(targets: list[Tensor], real: Tensor, index: int, output: T
 def _of_each_layer(
     model: PreTrainedModel, ids: Tensor, documents: Tensor, measure: Callable[[int, Tensor], Any]
 ) -> list[Any]:
-    """Runs a model over [B,T] tokens and measures every layer's output [B,T,D] as soon as it is there."""
+    """Runs a model over [B,T] tokens and measures the output [B,T,D] of every layer that the teacher has, as
+    soon as it is there."""
     found = []
 
     def hook(layer: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         found.append(measure(len(found), output[0] if isinstance(output, tuple) else output))
 
-    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
+    layers = decoder_layers(model)
+    handles = [layers[place].register_forward_hook(hook) for place in teacher_places(model)]
     try:
         hidden_states(model, ids, documents)
     finally:

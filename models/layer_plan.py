@@ -1,19 +1,74 @@
 """The layer plan: what each decoder layer of the student has in the place of attention, and the file that
-hands a plan from one run to the next."""
+hands a plan from one run to the next.
+
+A resolved plan is a list of entries, one for each decoder layer of the student: the name of what stands
+there, with a `+` in front where the layer is inserted, that is, where the teacher has none. Wherever the
+number of a layer is read or shown, layers are counted as in the teacher; an inserted layer has no number. The
+place of a layer in the student, which decoding caches are ordered by, is its place in the plan.
+"""
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 ATTENTION = "attention"
+INSERTED = "+"  # in front of an entry
 PLAN_FILE = "layer_plan.yaml"  # in a run folder
 WAYS = ("keep", "every", "pattern", "layers", "file")
 COUNTED = re.compile(r"(\d+)\s+(\S+)")  # as in `6 rwkv7`
 PATTERN = re.compile(r"(\d+):(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """Decoder layers to insert between those of the teacher (RWKV-X, arXiv 2504.21463). They compute nothing
+    at first (models/expansion.py).
+
+    Args:
+        every: one after so many layers of the teacher: 4 inserts after layers 3, 7, 11, ...; what is left at
+            the end, fewer layers than that, gets none. None inserts nothing.
+        mixer: what stands in them: a mixer, or `attention`.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    every: int | None = None
+    mixer: str = "sparse"
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 1:
+            raise ValueError(
+                f"student.layer_plan.expansion.every={self.every} must be at least 1; null inserts nothing."
+            )
+        _check_bare("student.layer_plan.expansion.mixer", [self.mixer])
+
+    def apply(self, plan: Sequence[str]) -> list[str]:
+        """A plan of the teacher's layers with the inserted ones.
+
+        Raises:
+            ValueError: where the plan has inserted layers of its own, or too few layers for one.
+        """
+        if self.every is None:
+            return list(plan)
+        if any(is_inserted(entry) for entry in plan):
+            raise ValueError(
+                f"student.layer_plan: expansion.every={self.every} and a plan that has inserted layers of "
+                f"its own ({INSERTED}) contradict each other; set expansion.every=null."
+            )
+        if len(plan) < self.every:
+            raise ValueError(
+                f"student.layer_plan.expansion.every={self.every} inserts nothing into the teacher's "
+                f"{len(plan)} layers; make it smaller, or null."
+            )
+        expanded = []
+        for count, entry in enumerate(plan, start=1):
+            expanded += [entry] if count % self.every else [entry, INSERTED + self.mixer]
+        return expanded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +84,10 @@ class LayerPlan:
         keep: decoder layers (from 0; negative counts from the end) that are kept.
         every: the last of so many layers is kept: 4 keeps layers 3, 7, 11, ...
         pattern: `3:1` is three layers of `mixer`, then one that is kept, and again.
-        layers: the whole plan, one name per layer; an entry such as `6 rwkv7` stands for six.
+        layers: the whole plan, one name per layer; an entry such as `6 rwkv7` stands for six, and `+sparse`
+            for a layer that is inserted there.
         file: a plan that an earlier run has written: its run folder, or the file.
+        expansion: layers to insert, beside all of these.
 
     Raises:
         ValueError: for contradictory or empty statements.
@@ -43,6 +100,7 @@ class LayerPlan:
     pattern: str | None = None
     layers: Sequence[str] | None = None
     file: str | None = None
+    expansion: Expansion = field(default_factory=Expansion)
 
     def __post_init__(self) -> None:
         given = [way for way in WAYS if getattr(self, way) not in (None, (), [])]
@@ -57,6 +115,8 @@ class LayerPlan:
             raise ValueError("student.layer_plan.mixer is empty; name a mixer, or a list of them to repeat.")
         if not self.kept:
             raise ValueError("student.layer_plan.kept is empty; name attention or a mixer.")
+        _check_bare("student.layer_plan.mixer", self._cycle())
+        _check_bare("student.layer_plan.kept", [self.kept])
         if self.every is not None and self.every < 1:
             raise ValueError(
                 f"student.layer_plan.every={self.every} must be at least 1; null keeps no layer."
@@ -64,32 +124,44 @@ class LayerPlan:
         self._periods()
 
     def resolve(self, layer_count: int, known: Sequence[str]) -> list[str]:
-        """One name per layer.
+        """One entry per layer of the student (top of this file).
 
         Args:
             layer_count: decoder layers of the teacher.
             known: names of the mixers there are.
 
         Raises:
-            ValueError: for a wrong number of layers, an unknown name or an index out of range.
+            ValueError: for a wrong number of layers, an unknown name, an index out of range, or an inserted
+                layer with none before it.
         """
         assert self.file is None, "a plan in a file is read first, by `from_file`"
         if self.layers is not None:
             plan = _expanded(self.layers)
-            if len(plan) != layer_count:
+            own = teacher_part(plan)
+            if len(own) != layer_count:
+                beside = f" beside those with {INSERTED}" if own != plan else ""
                 raise ValueError(
-                    f"student.layer_plan.layers has {len(plan)} entries; the teacher has {layer_count} "
-                    "layers."
+                    f"student.layer_plan.layers has {len(own)} entries{beside}; the teacher has "
+                    f"{layer_count} layers."
+                )
+            if plan and is_inserted(plan[0]):
+                raise ValueError(
+                    f"student.layer_plan.layers begins with {plan[0]}; an inserted layer is made from the "
+                    "layer before it, so put it behind one."
                 )
         else:
-            kept = self._kept(layer_count)
-            cycle = _expanded([self.mixer] if isinstance(self.mixer, str) else self.mixer)
+            kept, cycle = self._kept(layer_count), self._cycle()
             plan = [self.kept if index in kept else cycle[index % len(cycle)] for index in range(layer_count)]
+        plan = self.expansion.apply(plan)
         names = list(dict.fromkeys([*known, ATTENTION]))
-        unknown = sorted({*plan, self.kept} - set(names))
+        unknown = sorted({*map(mixer_name, plan), self.kept} - set(names))
         if unknown:
             raise ValueError(f"student.layer_plan: {unknown} is unknown; choose from {', '.join(names)}.")
         return plan
+
+    def _cycle(self) -> list[str]:
+        """What is repeated over the depth."""
+        return _expanded([self.mixer] if isinstance(self.mixer, str) else self.mixer)
 
     def _kept(self, layer_count: int) -> set[int]:
         """The layers that are kept, from 0."""
@@ -120,6 +192,40 @@ class LayerPlan:
         return mixed, kept
 
 
+def is_inserted(entry: str) -> bool:
+    """Whether an entry of a plan is a layer that the teacher does not have."""
+    return entry.startswith(INSERTED)
+
+
+def mixer_name(entry: str) -> str:
+    """What stands in the layer of an entry."""
+    return entry.removeprefix(INSERTED)
+
+
+def teacher_part(plan: Sequence[str]) -> list[str]:
+    """The entries of the teacher's layers, in its order and under its numbers."""
+    return [entry for entry in plan if not is_inserted(entry)]
+
+
+def teacher_numbers(plan: Sequence[str]) -> list[int]:
+    """For each entry the teacher's layer that it is made from: its own, or for an inserted one the layer
+    before it."""
+    numbers, last = [], -1
+    for entry in plan:
+        last += not is_inserted(entry)
+        numbers.append(last)
+    return numbers
+
+
+def with_names(plan: Sequence[str], names: Mapping[int, str]) -> list[str]:
+    """The plan with other names in some of the teacher's layers, given by number; inserted ones stay."""
+    numbers = teacher_numbers(plan)
+    return [
+        entry if is_inserted(entry) else names.get(number, entry)
+        for entry, number in zip(plan, numbers, strict=True)
+    ]
+
+
 def from_file(plan: LayerPlan, layer_count: int) -> LayerPlan:
     """The plan with its `file` read; any other plan as it is.
 
@@ -133,12 +239,13 @@ def from_file(plan: LayerPlan, layer_count: int) -> LayerPlan:
     if plan.file is None:
         return plan
     layers = read_plan_file(plan.file)
-    if len(layers) != layer_count:
+    count = len(teacher_part(layers))
+    if count != layer_count:
         raise ValueError(
-            f"student.layer_plan.file={plan.file} is a plan for {len(layers)} layers; the teacher has "
+            f"student.layer_plan.file={plan.file} is a plan for {count} layers; the teacher has "
             f"{layer_count}."
         )
-    return LayerPlan(layers=layers, kept=plan.kept)
+    return LayerPlan(layers=layers, kept=plan.kept, expansion=plan.expansion)
 
 
 def read_plan_file(path: str | Path) -> list[str]:
@@ -176,6 +283,16 @@ def write_plan_file(path: str | Path, layers: Sequence[str], **facts: Any) -> No
     """
     file = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path)
     file.write_text(yaml.safe_dump({"layers": list(layers), **facts}, sort_keys=False, width=100))
+
+
+def _check_bare(key: str, names: Sequence[str]) -> None:
+    """Refuses inserted layers where a plan does not count layers."""
+    marked = [name for name in names if is_inserted(name)]
+    if marked:
+        raise ValueError(
+            f"{key}: {marked[0]} would be an inserted layer; name {mixer_name(marked[0])!r} here, and say "
+            "where to insert by student.layer_plan.expansion or student.layer_plan.layers."
+        )
 
 
 def _expanded(names: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from models import ranks
 from models.align import beside_attention
 from models.architectures import attention_modules, replace_attention
 from models.evaluation import copy_gain, evaluate, own_batches
+from models.student import teacher_places
 
 log = logging.getLogger(__name__)
 Batches = list[dict[str, Tensor]]
@@ -25,13 +26,18 @@ ScoringRows = Mapping[str, Batches]  # kind -> batches: `plain`, `copies` (a pas
 
 
 class Candidates(NamedTuple):
-    """The layers to choose from, where the student has mixers and the teacher attention; `keep` will be
-    chosen."""
+    """The layers to choose from, by the teacher's numbers, where the student has mixers and the teacher
+    attention; `keep` will be chosen."""
 
     student: PreTrainedModel
     teacher: PreTrainedModel
     layers: list[int]
     keep: int
+
+    def modules(self) -> dict[int, nn.Module]:
+        """What stands in the student's candidates where the teacher has its attention."""
+        places, modules = teacher_places(self.student), attention_modules(self.student)
+        return {index: modules[places[index]] for index in self.layers}
 
 
 class Criterion(NamedTuple):
@@ -72,7 +78,7 @@ def copying_saved(candidates: Candidates, rows: ScoringRows) -> dict[int, float]
 def alignment_error(candidates: Candidates, rows: ScoringRows) -> dict[int, float]:
     """What layer-wise alignment has left: the squared error of the mixer's output, as a share of the energy
     of the attention's output. Both read the teacher's hidden states."""
-    mixers = {index: attention_modules(candidates.student)[index] for index in candidates.layers}
+    mixers = candidates.modules()
     sums = torch.zeros(len(mixers), 2, dtype=torch.float64)
     places = {index: place for place, index in enumerate(mixers)}
     device = next(candidates.teacher.parameters()).device
@@ -104,7 +110,7 @@ def recall_lost(candidates: Candidates, rows: ScoringRows) -> dict[int, float]:
     def loss() -> float:
         return evaluate(candidates.teacher, None, rows["retrieval"]).means()["loss"]
 
-    mixers, found = attention_modules(candidates.student), {}
+    mixers, found = candidates.modules(), {}
     baseline = loss()
     for index in candidates.layers:
         with exchanged(candidates.teacher, {index: mixers[index]}):
@@ -147,10 +153,11 @@ def exchanged(model: PreTrainedModel, modules: Mapping[int, nn.Module]) -> Itera
 
     Args:
         model: has its own modules back afterwards; the borrowed ones are as before.
-        modules: layer index -> module.
+        modules: number of the teacher's layer -> module.
     """
     modes = {index: module.training for index, module in modules.items()}
-    before = replace_attention(model, dict(modules))
+    places = teacher_places(model)
+    before = replace_attention(model, {places[index]: module for index, module in modules.items()})
     try:
         with _taking_any_dtype(modules.values()):
             yield

@@ -76,6 +76,7 @@ def chunked_mean(
     head_parameters: Sequence[Tensor],
     token_loss: Callable[[Tensor, slice], Tensor],
     chunk_tokens: int,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Mean of a loss over tokens that needs logits, without ever holding the logits of all tokens.
 
@@ -90,11 +91,12 @@ def chunked_mean(
         head_parameters: the head's parameters that want gradients.
         token_loss: (logits of a chunk, the chunk's slice of tokens) -> loss per token.
         chunk_tokens: tokens per chunk.
+        count: what the sum is divided by; None means the tokens given, as `mean_count` counts them.
 
     Returns:
         A scalar (0 where there is no token), differentiable in `hidden` and `head_parameters`.
     """
-    count = mean_count(hidden.shape[0], hidden.device)
+    count = mean_count(hidden.shape[0], hidden.device) if count is None else count
     chunks = token_chunks(hidden, chunk_tokens)
     total = hidden.new_zeros((), dtype=_wide(hidden))
     if not (torch.is_grad_enabled() and hidden.requires_grad):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from models.cost import Work
-from models.layer_plan import ATTENTION
+from models.layer_plan import ATTENTION, mixer_name
 from models.outline import Outline
 
 MIXER_BYTES, ATTENTION_BYTES = 96, 32  # per token and unit of D, or of heads x N where that is wider
@@ -94,7 +94,7 @@ def _layer_bytes(model: Outline, name: str, precision: str) -> float:
 
 def _activations(work: Work, setting: Setting) -> float:
     student, tokens = work.student, setting.rows * work.row_length
-    layers = [_layer_bytes(student, name, setting.precision) for name in student.plan]
+    layers = [_layer_bytes(student, mixer_name(entry), setting.precision) for entry in student.plan]
     held = 0.0  # when the first layer's backward pass begins; alignment differentiates layer by layer
     if work.kind in LOGIT_BYTES:
         held = RESIDUAL_BYTES * student.width * len(layers) if work.recompute else sum(layers)

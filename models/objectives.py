@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from models import ranks
 from models.align import aligned_layers
 from models.backbone import hidden_states, output_head
 from models.divergences import DIVERGENCES, bucketed_logs, shared_logs
 from models.layer_plan import ATTENTION
-from models.losses import ALIGNMENT_LOSSES, IGNORED, chunked_mean, cross_entropy, mean_count
-from models.parallelize import kept_whole
-from models.token_weights import check_repeat_weight, token_weights
+from models.losses import ALIGNMENT_LOSSES, IGNORED, cross_entropy, mean_count
+from models.segments import student_mean
+from models.token_weights import check_repeat_weight, long_weights, token_weights
 
-# (logits of a chunk, its slice of tokens) -> log-probabilities of student and teacher; heads that it needs.
-Targets = tuple[Callable[[Tensor, slice], tuple[Tensor, Tensor]], list[nn.Module]]
+# (logits of some tokens, which ones) -> log-probabilities of student and teacher; heads that it needs.
+Targets = tuple[Callable[[Tensor, slice | Tensor], tuple[Tensor, Tensor]], list[nn.Module]]
 CACHED = ("teacher_ids", "teacher_logs", "teacher_tail")  # what a batch brings in the teacher's place
 PART_NAMES = {"forward_kl": "kl"}
 
@@ -45,29 +46,96 @@ class CrossEntropy:
     """
 
     needs_teacher = False
+    takes_segments = True
     chunk_tokens: int = 1024
 
     def __post_init__(self) -> None:
         _check_chunk(self.chunk_tokens)
 
     def __call__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: dict[str, Tensor]
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        batch: dict[str, Tensor],
+        segment_length: int = 0,
     ) -> LossTerms:
         """Parts: `loss`, nats per token."""
         chosen = batch["labels"] != IGNORED
-        hidden = hidden_states(student, batch["input_ids"], batch["document_ids"])[chosen]
         labels, weights = batch["labels"][chosen], token_weights(batch, chosen, 1.0)
-        head = output_head(student)
-        parameters, summed = list(head.parameters()), torch.zeros((), device=labels.device)
+        summed = torch.zeros((), device=labels.device)
 
-        def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            entropy = cross_entropy(logits, labels[chunk])
+        def token_loss(logits: Tensor, which: slice | Tensor) -> Tensor:
+            entropy = cross_entropy(logits, labels[which])
             summed.add_(entropy.detach().sum())
-            return entropy if weights is None else entropy * weights[chunk]
+            return entropy if weights is None else entropy * weights[which]
 
-        with kept_whole(head):
-            total = chunked_mean(hidden, head, parameters, token_loss, self.chunk_tokens)
-        return LossTerms(total, {"loss": summed / mean_count(len(labels), labels.device)})
+        options = {"chunk_tokens": self.chunk_tokens, "segment_length": segment_length}
+        total, index = student_mean(student, batch, chosen, token_loss, **options)
+        return LossTerms(total, {"loss": summed / mean_count(len(labels), labels.device)} | index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongCrossEntropy:
+    """Cross-entropy in which a token counts the more, the better a long context predicts it (LongCE, arXiv
+    2410.23771): by `long_weights`, scaled to mean 1 over the tokens of all processes.
+
+    Args:
+        gamma: largest weight before scaling, at least 1.
+        short_context: K; what the short context is, K to 2 K tokens (models/short_loss.py).
+        short_loss: folder of the stage cache_short_loss, which holds each token's loss after a short context.
+        chunk_tokens: tokens whose logits exist at one time.
+    """
+
+    needs_teacher = False
+    takes_segments = True
+    short_loss: str
+    gamma: float = 5.0
+    short_context: int = 4096
+    chunk_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        _check_chunk(self.chunk_tokens)
+        if not self.gamma >= 1:
+            raise ValueError(f"objective.gamma={self.gamma} must be at least 1, the weight of most tokens.")
+        if self.short_context < 1:
+            raise ValueError(f"objective.short_context={self.short_context} must be at least 1 token.")
+        if not self.short_loss:
+            raise ValueError(
+                "objective.short_loss must name the folder that the stage cache_short_loss writes; plain "
+                "cross-entropy is objective=cross_entropy."
+            )
+
+    def __call__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        batch: dict[str, Tensor],
+        segment_length: int = 0,
+    ) -> LossTerms:
+        """Parts: `loss`, nats per token, each counting alike; `clipped`, the share of tokens with the largest
+        weight."""
+        if "short_loss" not in batch:
+            raise ValueError("objective.short_loss: this batch brings none; give the data module the cache.")
+        chosen = batch["labels"] != IGNORED
+        labels, short = batch["labels"][chosen], batch["short_loss"][chosen]
+        given = token_weights(batch, chosen, 1.0)
+        sums = {name: torch.zeros((), device=labels.device) for name in ("loss", "clipped", "weight")}
+
+        def token_loss(logits: Tensor, which: slice | Tensor) -> Tensor:
+            entropy = cross_entropy(logits, labels[which])
+            weights = long_weights(short[which], entropy.detach(), self.gamma)
+            sums["loss"] += entropy.detach().sum()
+            sums["clipped"] += (weights >= self.gamma).sum()
+            weights = weights if given is None else weights * given[which]
+            sums["weight"] += weights.sum()
+            return entropy * weights
+
+        options = {"chunk_tokens": self.chunk_tokens, "segment_length": segment_length}
+        total, index = student_mean(student, batch, chosen, token_loss, **options)
+        count = mean_count(len(labels), labels.device)
+        mean_weight = ranks.mean(sums.pop("weight")) / count
+        total = total / mean_weight.clamp_min(torch.finfo(total.dtype).tiny)
+        return LossTerms(total, {name: value / count for name, value in sums.items()} | index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +158,7 @@ class Distill:
     """
 
     needs_teacher = True
+    takes_segments = True
     divergence: str = "forward_kl"
     js_weight: float = 0.5
     temperature: float = 1.0
@@ -121,7 +190,11 @@ class Distill:
             )
 
     def __call__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        batch: dict[str, Tensor],
+        segment_length: int = 0,
     ) -> LossTerms:
         """Parts, in nats per token, each token counting alike: the divergence (`kl` for the forward one) and
         `loss` (cross-entropy)."""
@@ -129,24 +202,22 @@ class Distill:
         labels, weights = batch["labels"][chosen], token_weights(batch, chosen, self.repeat_weight)
         ask = self._cached if self.teacher_cache else self._asked
         pair, heads = ask(teacher, batch, chosen)
-        hidden = hidden_states(student, batch["input_ids"], batch["document_ids"])[chosen]
-        head, part = output_head(student), PART_NAMES.get(self.divergence, self.divergence)
+        part = PART_NAMES.get(self.divergence, self.divergence)
         options = {"weight": self.js_weight} if self.divergence == "js" else {}
         sums = {name: torch.zeros((), device=labels.device) for name in (part, "loss")}
 
-        def token_loss(logits: Tensor, chunk: slice) -> Tensor:
-            distance = DIVERGENCES[self.divergence](*pair(logits, chunk), **options) * self.temperature**2
-            entropy = cross_entropy(logits, labels[chunk])
+        def token_loss(logits: Tensor, which: slice | Tensor) -> Tensor:
+            distance = DIVERGENCES[self.divergence](*pair(logits, which), **options) * self.temperature**2
+            entropy = cross_entropy(logits, labels[which])
             sums[part] += distance.detach().sum()
             sums["loss"] += entropy.detach().sum()
             mixed = (1 - self.cross_entropy_weight) * distance + self.cross_entropy_weight * entropy
-            return mixed if weights is None else mixed * weights[chunk]
+            return mixed if weights is None else mixed * weights[which]
 
-        parameters = list(head.parameters())
-        with kept_whole(head, *heads):
-            total = chunked_mean(hidden, head, parameters, token_loss, self.chunk_tokens)
+        pieces = {"chunk_tokens": self.chunk_tokens, "segment_length": segment_length}
+        total, index = student_mean(student, batch, chosen, token_loss, heads=heads, **pieces)
         count = mean_count(len(labels), labels.device)
-        return LossTerms(total, {name: value / count for name, value in sums.items()})
+        return LossTerms(total, {name: value / count for name, value in sums.items()} | index)
 
     def _asked(self, teacher: PreTrainedModel, batch: dict[str, Tensor], chosen: Tensor) -> Targets:
         """The teacher's distributions from the teacher itself."""
@@ -154,9 +225,9 @@ class Distill:
         with torch.no_grad():
             target = hidden_states(teacher, batch["input_ids"], batch["document_ids"])[chosen]
 
-        def pair(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        def pair(logits: Tensor, which: slice | Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                teacher_logits = head(target[chunk])
+                teacher_logits = head(target[which])
             return shared_logs(logits, teacher_logits, self.temperature)
 
         return pair, [head]
@@ -171,14 +242,14 @@ class Distill:
         ids, logs, tail = (batch[name][chosen] for name in CACHED)
         vocabulary = teacher.config.get_text_config().vocab_size
 
-        def pair(logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        def pair(logits: Tensor, which: slice | Tensor) -> tuple[Tensor, Tensor]:
             if logits.shape[-1] < vocabulary:
                 raise ValueError(
                     f"objective.teacher_cache: its teacher has logits for {vocabulary} ids, the student for "
                     f"{logits.shape[-1]}; set it to null for this student."
                 )
             return bucketed_logs(
-                logits[:, :vocabulary], ids[chunk], logs[chunk], tail[chunk], self.temperature
+                logits[:, :vocabulary], ids[which], logs[which], tail[which], self.temperature
             )
 
         return pair, []

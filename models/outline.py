@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from models.architectures import attention_modules, decoder_layers
 from models.layer_plan import ATTENTION
-from models.student import count_parameters, student_mixers
+from models.student import aligned_mixers, count_parameters, inserted_layers
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,10 @@ class Outline:
         head: hidden state -> logits.
         mixing: attention, or what stands in its place, over all layers.
         mixers: of these, what has replaced attention.
+        inserted: of all, those of layers that the teacher does not have.
         largest_unit: the largest part of a layer that is gathered as one (models/parallelize.py).
         idle: of all, those of experts that the router does not choose for a token.
-        plan: what each layer mixes tokens with.
+        plan: what each layer mixes tokens with, as in models/layer_plan.py.
         width, inner, head_size, feed_forward_width, vocabulary: D, heads x head size, N, the feed-forward
             layer's inner width (where layers have experts, of all those that a token goes through), V.
     """
@@ -35,6 +36,7 @@ class Outline:
     head: int
     mixing: int
     mixers: int
+    inserted: int
     largest_unit: int
     idle: int
     plan: tuple[str, ...]
@@ -55,7 +57,7 @@ def outline(model: PreTrainedModel, plan: list[str]) -> Outline:
 
     Args:
         model: with weights or without.
-        plan: a name per layer; `attention` in every layer of a teacher.
+        plan: an entry per layer; `attention` in every layer of a teacher.
     """
     config = model.config
     mixing = {index: count_parameters(module) for index, module in attention_modules(model).items()}
@@ -67,7 +69,8 @@ def outline(model: PreTrainedModel, plan: list[str]) -> Outline:
         embedding=0 if head.weight is embedding.weight else count_parameters(embedding),
         head=count_parameters(head),
         mixing=sum(mixing.values()),
-        mixers=sum(mixing[index] for index in student_mixers(model)),
+        mixers=sum(map(count_parameters, aligned_mixers(model).values())),
+        inserted=sum(count_parameters(decoder_layers(model)[place]) for place in inserted_layers(model)),
         largest_unit=max(units),
         idle=_idle(model),
         plan=tuple(plan),

@@ -306,29 +306,35 @@ Layer = TypeVar("Layer", bound=MixerCacheLayer)
 
 def recurrent_layer(cache: Cache, index: int) -> RecurrentCacheLayer:
     """The recurrent layer at a place of a cache; whatever stands there unused is replaced at first use."""
-    return _own_layer(cache, index, RecurrentCacheLayer)
+    return own_layer(cache, index, RecurrentCacheLayer)
 
 
 def token_layer(cache: Cache, index: int) -> TokenCacheLayer:
     """The layer of chunked keys and values at a place of a cache; as `recurrent_layer`."""
-    return _own_layer(cache, index, TokenCacheLayer)
+    return own_layer(cache, index, TokenCacheLayer)
 
 
 def window_layer(cache: Cache, index: int) -> WindowCacheLayer:
     """The window at a place of a cache; as `recurrent_layer`."""
-    return _own_layer(cache, index, WindowCacheLayer)
+    return own_layer(cache, index, WindowCacheLayer)
 
 
-def _own_layer(cache: Cache, index: int, kind: type[Layer]) -> Layer:
+def own_layer(cache: Cache, index: int, kind: type[Layer], *arguments: object) -> Layer:
+    """The layer of a kind, made from `arguments`, at a place of a cache; one of another kind that stands
+    there unused is replaced.
+
+    Raises:
+        ValueError: where one of another kind is in use.
+    """
     while len(cache.layers) <= index:
-        cache.layers.append(kind())
+        cache.layers.append(kind(*arguments))
     layer = cache.layers[index]
     if not isinstance(layer, kind):
         if layer.get_seq_length():
             raise ValueError(
                 f"cache layer {index} already holds keys of another model; use a new cache per text"
             )
-        cache.layers[index] = layer = kind()
+        cache.layers[index] = layer = kind(*arguments)
     return layer
 
 

@@ -17,7 +17,7 @@ from models import ranks
 from models.config import StudentConfig, options_from, plain_options
 from models.conversion import install_mixers
 from models.hf import TransmuteConfig
-from models.layer_plan import ATTENTION, LayerPlan
+from models.layer_plan import ATTENTION, LayerPlan, is_inserted, mixer_name
 from models.mixers import MIXERS
 from models.parallelize import full_tensors
 from models.teacher import REPOSITORY, TeacherConfig, load_teacher
@@ -27,7 +27,8 @@ DESCRIPTION = "student.json"
 
 
 class Student(NamedTuple):
-    """A student: its model, what stands in each decoder layer, and the config that it was built by."""
+    """A student: its model, what stands in each decoder layer (a resolved plan, models/layer_plan.py), and
+    the config that it was built by."""
 
     model: PreTrainedModel
     plan: list[str]
@@ -78,12 +79,18 @@ def write_student(
 
 def used_mixers(student: Student) -> dict[str, dict[str, Any]]:
     """Name -> options, as plain data, of every mixer that stands in some layer."""
-    used = sorted({student.plan[index] for index in student.config.replaced(student.plan)})
+    used = sorted({mixer_name(student.plan[place]) for place in student.config.replaced(student.plan)})
     return {name: plain_options(student.config.options(name)) for name in used}
 
 
 def empty_student(hf_config: PretrainedConfig, config: StudentConfig, plan: list[str]) -> PreTrainedModel:
-    """A float32 student of which only the shape counts: its tensors are about to be loaded."""
+    """A float32 student of which only the shape counts: its tensors are about to be loaded.
+
+    Args:
+        hf_config: of the student itself, inserted layers counted.
+        config: mixer options.
+        plan: resolved.
+    """
     model = AutoModelForCausalLM.from_config(
         hf_config, attn_implementation=hf_config._attn_implementation
     ).float()
@@ -111,7 +118,8 @@ def load_student(folder: Path, attention: str = "sdpa") -> Student:
 
 
 def parent_config(folder: Path, attention: str = "sdpa") -> PretrainedConfig:
-    """The config of the Transformer that a student was made of; an export keeps it as `parent`.
+    """The config of the Transformer that a student was made of, with its inserted layers; an export keeps it
+    as `parent`.
 
     Raises:
         ValueError: where it is damaged.
@@ -135,7 +143,8 @@ def _described(folder: Path, hf_config: PretrainedConfig) -> tuple[list[str], St
         mixers = {name: options_from(name, options) for name, options in description["mixers"].items()}
         plan = LayerPlan(layers=description["layer_plan"], kept=description.get("kept", ATTENTION))
         config = StudentConfig(layer_plan=plan, mixers=mixers)
-        plan = config.layer_plan.resolve(hf_config.num_hidden_layers, list(MIXERS))
+        inserted = sum(is_inserted(entry) for entry in description["layer_plan"])
+        plan = config.layer_plan.resolve(hf_config.num_hidden_layers - inserted, list(MIXERS))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or of another version ({type(error).__name__}: {error}). {FIX}"

@@ -1,30 +1,15 @@
-"""Which rows a stage trains on: its table of row lengths by tokens, laid out as optimiser steps."""
+"""What each optimiser step of a stage is: its curriculum, laid out as steps."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-
-@dataclass(frozen=True, kw_only=True)
-class RowLength:
-    """One entry of a stage's `row_lengths`.
-
-    Args:
-        from_tokens: of the stage; the first optimiser step that begins with so many tokens used or more is
-            the first over these rows.
-        row_length: T, tokens.
-        rows_per_device: B.
-    """
-
-    from_tokens: int
-    row_length: int
-    rows_per_device: int
+from models.curriculum import SPARSE, Curriculum
 
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Consecutive optimiser steps over rows of one length.
+    """Consecutive optimiser steps that are alike.
 
     Args:
         first_step: how many steps of the stage come before.
@@ -33,6 +18,7 @@ class Phase:
         tokens_per_step: of all devices.
         row_length: T, tokens.
         rows_per_device: B.
+        attention, learning_rate, warmup_steps: as in CurriculumEntry.
     """
 
     first_step: int
@@ -41,6 +27,9 @@ class Phase:
     tokens_per_step: int
     row_length: int
     rows_per_device: int
+    attention: str = SPARSE
+    learning_rate: Mapping[str, float] = field(default_factory=dict)
+    warmup_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,9 +38,14 @@ class Timeline:
 
     All that a run needs to know of the table is a function of the step, so a resumed run has nothing to
     restore.
+
+    Args:
+        phases: in order.
+        has_table: whether a table of the stage's config says them.
     """
 
     phases: tuple[Phase, ...]
+    has_table: bool = False
 
     @property
     def steps(self) -> int:
@@ -73,50 +67,11 @@ class Timeline:
         return phase.first_token + (step - phase.first_step) * phase.tokens_per_step
 
 
-def read_table(entries: Sequence[Any], tokens: float, key: str) -> list[RowLength]:
-    """A stage's `row_lengths`, checked.
+def lay_out(curriculum: Curriculum, tokens: float, rows_factor: int, stage: str) -> tuple[Phase, ...]:
+    """Turns a table into phases, which change between two optimiser steps and stay within the budget.
 
     Args:
-        entries: plain dictionaries, as configured.
-        tokens: the stage's budget.
-        key: of the table.
-
-    Raises:
-        ValueError: naming the key and the fix.
-    """
-    if not isinstance(entries, list):
-        raise ValueError(f"{key}={entries} must be a list of {{from_tokens, row_length, rows_per_device}}.")
-    names = {field.name for field in fields(RowLength)}
-    table: list[RowLength] = []
-    for index, entry in enumerate(entries):
-        place = f"{key}[{index}]"
-        if not isinstance(entry, dict) or set(entry) != names:
-            raise ValueError(f"{place}={entry} needs exactly the keys {', '.join(sorted(names))}.")
-        table.append(RowLength(**{name: int(value) for name, value in entry.items()}))
-        for name, least in {"row_length": 2, "rows_per_device": 1}.items():
-            if getattr(table[-1], name) < least:
-                raise ValueError(f"{place}.{name}={entry[name]} must be at least {least}.")
-        begins = table[-1].from_tokens
-        if index == 0 and begins != 0:
-            raise ValueError(f"{place}.from_tokens={begins} must be 0: the table begins with the stage.")
-        if index > 0 and begins <= table[-2].from_tokens:
-            raise ValueError(
-                f"{place}.from_tokens={begins} must be more than the {table[-2].from_tokens} of the entry "
-                "before it; put the entries in order."
-            )
-        if begins >= tokens:
-            raise ValueError(
-                f"{place}.from_tokens={begins} is not below the stage's budget of {tokens:g} tokens; remove "
-                "the entry, or raise tokens."
-            )
-    return table
-
-
-def lay_out(table: Sequence[RowLength], tokens: float, rows_factor: int, stage: str) -> Timeline:
-    """Turns tokens into optimiser steps: rows change between two steps, and none exceeds the budget.
-
-    Args:
-        table: the row lengths, the first from 0 on.
+        curriculum: the table, which begins with the stage.
         tokens: the stage's budget.
         rows_factor: rows of an optimiser step for each row of a device's batch (batches x devices).
         stage: its key.
@@ -125,24 +80,16 @@ def lay_out(table: Sequence[RowLength], tokens: float, rows_factor: int, stage: 
         ValueError: where an entry gets no step.
     """
     phases: list[Phase] = []
+    entries, by_steps = curriculum.entries, curriculum.begins_by == "from_step"
     first_step = first_token = 0
-    for index, entry in enumerate(table):
+    for index, entry in enumerate(entries):
         size = entry.row_length * entry.rows_per_device * rows_factor
-        last = index == len(table) - 1
-        end = tokens if last else table[index + 1].from_tokens
-        steps = int((end - first_token) // size) if last else math.ceil((end - first_token) / size)
-        if steps < 1 and len(table) == 1:
-            raise ValueError(
-                f"{stage}.tokens={tokens:g} is less than one optimiser step of {size} tokens; raise it, or "
-                "take fewer or shorter rows."
-            )
+        steps = int((tokens - first_token) // size)  # that fit into the budget
+        if index < len(entries) - 1:
+            end = entries[index + 1].begins
+            steps = end - first_step if by_steps else math.ceil((end - first_token) / size)
         if steps < 1:
-            limit = f"{stage}.tokens={tokens:g}" if last else f"row_lengths[{index + 1}].from_tokens={end}"
-            raise ValueError(
-                f"{stage}.row_lengths[{index}] gets no optimiser step: one has {size} tokens, and the steps "
-                f"before it end at {first_token}, which leaves none up to {limit}; move from_tokens, or take "
-                "fewer rows_per_device."
-            )
+            raise ValueError(_no_step(curriculum, index, size, first_token, tokens, stage))
         phases.append(
             Phase(
                 first_step=first_step,
@@ -151,7 +98,30 @@ def lay_out(table: Sequence[RowLength], tokens: float, rows_factor: int, stage: 
                 tokens_per_step=size,
                 row_length=entry.row_length,
                 rows_per_device=entry.rows_per_device,
+                attention=entry.attention,
+                learning_rate=entry.learning_rate,
+                warmup_steps=entry.warmup_steps,
             )
         )
         first_step, first_token = first_step + steps, first_token + steps * size
-    return Timeline(tuple(phases))
+    return tuple(phases)
+
+
+def _no_step(
+    curriculum: Curriculum, index: int, size: int, first_token: int, tokens: float, stage: str
+) -> str:
+    """Why an entry gets no step, and what to do."""
+    entries, begins_by = curriculum.entries, curriculum.begins_by
+    if len(entries) == 1:
+        return (
+            f"{stage}.tokens={tokens:g} is less than one optimiser step of {size} tokens; raise it, or take "
+            "fewer or shorter rows."
+        )
+    limit = f"{stage}.tokens={tokens:g}"
+    if index < len(entries) - 1:
+        limit = f"curriculum[{index + 1}].{begins_by}={entries[index + 1].begins}"
+    return (
+        f"{stage}.curriculum[{index}] gets no optimiser step: one has {size} tokens, and the steps before it "
+        f"end at {first_token}, which leaves none up to {limit}; move {begins_by}, or take fewer "
+        "rows_per_device."
+    )

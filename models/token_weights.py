@@ -3,6 +3,8 @@
 Shape letters: B rows, T tokens, n tokens that count at all.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,21 @@ def token_weights(batch: dict[str, Tensor], chosen: Tensor, repeat_weight: float
     weights = weights[chosen]
     total = ranks.mean(weights.sum()).clamp_min(torch.finfo(weights.dtype).tiny)
     return weights * (mean_count(len(weights), weights.device) / total)
+
+
+def long_weights(short_loss: Tensor, long_loss: Tensor, gamma: float) -> Tensor:
+    """How much a token counts by what a long context does for it, min(exp(short - long), gamma).
+
+    LongCE, arXiv 2410.23771.
+
+    Args:
+        short_loss, long_loss: [n], nats after a short context and after the whole one, detached.
+        gamma: largest weight.
+
+    Returns:
+        [n]; 1 where the long context changes nothing.
+    """
+    return (short_loss - long_loss).clamp_max(math.log(gamma)).exp()
 
 
 def check_repeat_weight(weight: float) -> None:

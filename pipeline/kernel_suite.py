@@ -15,7 +15,7 @@ from kernels.bench.floors import measure_peaks
 from kernels.bench.plot import draw
 from kernels.bench.table import Bench, Row, processors, remember, thread_times, write_csv
 from kernels.case import HEAD_SIZES
-from kernels.dispatch import OPERATORS, backends
+from kernels.dispatch import RECURRENCES, backends
 from kernels.examples import TOLERANCES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -28,7 +28,7 @@ class KernelSuite:
     """Checks and times the operators' backends on this machine; a wrong one gets no speed.
 
     Args:
-        operators: of kernels.dispatch.OPERATORS.
+        operators: of kernels.dispatch.RECURRENCES; kernels/bench/sparse.py measures sparse attention.
         backends: names; None for all that there are.
         shapes: each {batch_size, sequence_length, heads, head_size}.
         dtype: of r, k, v, a, b: float32, bfloat16 or float16.
@@ -59,7 +59,7 @@ class KernelSuite:
 
     def __post_init__(self) -> None:
         for op in self.operators:
-            _one_of("operators", op, OPERATORS)
+            _one_of("operators", op, RECURRENCES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         if self.tolerance is not None:
@@ -72,7 +72,7 @@ class KernelSuite:
             if set(sizes) != set(SIZES) or min(sizes.values()) < 1:
                 raise ValueError(f"shapes: {dict(sizes)} must give {', '.join(SIZES)}, each at least 1")
             _one_of("head_size", sizes["head_size"], HEAD_SIZES)
-        taken = {backend.name for op in OPERATORS for backend in backends(op)}
+        taken = {backend.name for op in RECURRENCES for backend in backends(op)}
         for name in self.backends or ():
             _one_of("backends", name, sorted(taken))
         if taken & set(self.peers or ()):

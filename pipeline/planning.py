@@ -11,11 +11,13 @@ from conf.stages import build_stage, stage_data
 from models.calibration import CalibrateMixers
 from models.conversion import build_student, check_plan, restore_attention
 from models.cost import Hardware, Work, flops_per_token, kind_of, seconds
-from models.layer_plan import ATTENTION
+from models.layer_plan import ATTENTION, teacher_part, with_names
 from models.memory import GIGABYTE, Setting, host_memory, make_it_fit, memory, overrides
 from models.outline import Outline, outline, teacher_plan
 from models.selection import SelectLayers
+from models.short_loss import CacheShortLoss
 from models.stage import StageConfig
+from models.student import GROUPS
 from models.teacher import DTYPES, teacher_outline
 from models.teacher_targets import CacheTeacher
 from models.timeline import Timeline
@@ -53,21 +55,26 @@ def make_plan(config: DictConfig, hardware: Hardware) -> dict[str, Any]:
         work = stage_work(config, stage, watched, outline(student, layers))
         setting = stage_setting(config, stage, teacher_config.dtype, hardware)
         read = selection_tokens(stage, work)
-        if isinstance(stage, CacheTeacher):
-            read = int(config.stage[stage.of].tokens)
+        if isinstance(stage, CacheTeacher | CacheShortLoss):  # windows that overlap by half read all twice
+            read = int(config.stage[stage.of].tokens) * (2 if isinstance(stage, CacheShortLoss) else 1)
         entries.append(price(name, stage, work, setting, hardware, devices, read))
         hosts.append(host_memory(work, setting, 1 if single else hardware.devices))
         if isinstance(stage, SelectLayers):
             # Which layers it will keep is not known; the first ones cost the same.
             name = student_config.layer_plan.kept
-            replaced = [index for index, layer in enumerate(layers) if layer not in (ATTENTION, name)]
-            kept = replaced[: stage.keep]
+            own = enumerate(teacher_part(layers))
+            kept = [index for index, layer in own if layer not in (ATTENTION, name)][: stage.keep]
             restore_attention(student, teacher, kept, trainable=True, config=student_config)
-            layers = [name if index in kept else layer for index, layer in enumerate(layers)]
+            layers = with_names(layers, dict.fromkeys(kept, name))
     hours = sum(entry["hours"] for entry in entries)
     return {
         "hardware": {"name": hardware.name, "devices": devices, "capacity_gb": hardware.capacity / GIGABYTE},
-        "parameters": {"teacher": watched.parameters, "student": begun.parameters, "mixers": begun.mixers},
+        "parameters": {
+            "teacher": watched.parameters,
+            "student": begun.parameters,
+            "mixers": begun.mixers,
+            "inserted": begun.inserted,
+        },
         "stages": entries,
         "total": {"hours": hours, "cost": sum(e["cost"] for e in entries), "currency": hardware.currency},
         "host_memory_gb": max(hosts) / GIGABYTE,
@@ -82,9 +89,9 @@ def stage_work(
     data = stage_data(config, getattr(stage, "of", stage.name))
     objective = getattr(stage, "objective", None)
     cached = getattr(objective, "teacher_cache", None) is not None
-    if isinstance(stage, CacheTeacher):  # the teacher alone runs
-        student, cached = teacher, True
-    rates = getattr(stage, "learning_rate", {"mixers": 0.0, "rest": 0.0})
+    if isinstance(stage, CacheTeacher | CacheShortLoss):  # one model alone runs
+        student, cached = student if getattr(stage, "by", "teacher") == "student" else teacher, True
+    rates = getattr(stage, "learning_rate", dict.fromkeys(GROUPS, 0.0))
     return Work(
         kind=kind_of(objective),
         student=student,
@@ -92,6 +99,7 @@ def stage_work(
         # A reference is a copy of the student, which costs about what the teacher does.
         asks_teacher=not cached and (getattr(objective, "needs_teacher", True) or _has_reference(objective)),
         mixers_trained=rates["mixers"] > 0,
+        inserted_trained=rates["inserted"] > 0,
         rest_trained=rates["rest"] > 0,
         row_length=data.row_length,
         recompute=config.trainer.recompute_blocks,
@@ -151,13 +159,13 @@ def price(
     steps, parts = None, [(work, setting, read)]
     if isinstance(stage, StageConfig):
         timeline = stage.timeline(row_length=work.row_length, rows_per_device=setting.rows, devices=devices)
-        steps, parts = timeline.steps, _by_row_length(timeline, work, setting)
+        steps, parts = timeline.steps, _by_phase(timeline, work, setting)
     tokens = sum(count for *_, count in parts)
     flops = sum(flops_per_token(case) * count for case, _, count in parts)
     hours = seconds(flops, work.kind, hardware, devices, setting.precision) / 3600
     index = max(range(len(parts)), key=lambda index: sum(memory(*parts[index][:2]).values()))
     largest = parts[index][:2]
-    rows_at = f"row_lengths.{index}" if getattr(stage, "row_lengths", []) else "data"
+    rows_at = f"curriculum.{index}" if getattr(stage, "curriculum", []) else "data"
     needed = memory(*largest)
     total = sum(needed.values())
     fits = total <= hardware.capacity
@@ -167,7 +175,7 @@ def price(
         "kind": work.kind,
         "tokens": tokens,
         "steps": steps,
-        "row_lengths": [{"row_length": case.row_length, "tokens": count} for case, _, count in parts],
+        "curriculum": [{"row_length": case.row_length, "tokens": count} for case, _, count in parts],
         "trained": work.trained,
         "flops_per_token": flops / max(tokens, 1),
         "flops": flops,
@@ -181,8 +189,8 @@ def price(
     }
 
 
-def _by_row_length(timeline: Timeline, work: Work, setting: Setting) -> list[tuple[Work, Setting, int]]:
-    """What a stage does while its rows have one length, how, and over how many tokens."""
+def _by_phase(timeline: Timeline, work: Work, setting: Setting) -> list[tuple[Work, Setting, int]]:
+    """What a stage does in each phase, how, and over how many tokens."""
     return [
         (
             replace(work, row_length=phase.row_length),
@@ -195,11 +203,11 @@ def _by_row_length(timeline: Timeline, work: Work, setting: Setting) -> list[tup
 
 def selection_tokens(stage: StageConfig | SelectLayers, work: Work) -> int:
     """Tokens that a calibration or a selection reads, those read again included."""
-    if isinstance(stage, StageConfig | CacheTeacher):
+    if isinstance(stage, StageConfig | CacheTeacher | CacheShortLoss):
         return 0
     if isinstance(stage, CalibrateMixers):
         return stage.tokens_read(work.row_length)
-    replaced = sum(layer != ATTENTION for layer in work.student.plan)
+    replaced = sum(layer != ATTENTION for layer in teacher_part(work.student.plan))
     return stage.tokens_read(work.row_length, replaced)
 
 

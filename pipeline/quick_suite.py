@@ -14,7 +14,7 @@ from models.evaluation import EVERY, copy_gain, evaluate
 from models.layer_errors import layer_errors, why_not_comparable
 from models.layer_plan import ATTENTION
 from models.mixers import MIXERS, Mixer
-from models.student import student_mixers
+from models.student import aligned_mixers
 from pipeline.evaluation import Subject
 from reports.eval_plots import curves_by_position, layer_bars
 from reports.eval_report import Figure, Findings, Picture
@@ -105,12 +105,13 @@ def _perplexity(loss: float | None) -> float | None:
 
 
 def _layers(model: PreTrainedModel, teacher: PreTrainedModel, batches: list) -> list[dict[str, Any]]:
-    """A record per decoder layer: {"layer", "mixer", "relative_error"}; empty where layers do not pair up."""
+    """A record per layer of the teacher: {"layer", "mixer", "relative_error"}; empty where layers do not pair
+    up."""
     reason = why_not_comparable(model, teacher)
     if reason is not None:
         log.warning("No error per layer: %s.", reason)
         return []
-    mixers = student_mixers(model)
+    mixers = aligned_mixers(model)
     return [
         {"layer": index, "mixer": _kind(mixers.get(index)), "relative_error": error}
         for index, error in enumerate(layer_errors(model, teacher, batches))

@@ -16,7 +16,7 @@ from conf import launch
 from models import ranks
 from models.decoding import decoding_cost
 from models.evaluation import held_out_row
-from models.mixers.operator_call import operator_size
+from models.retrieval import answered_share, teacher_forced_answers
 from models.sequence_state import cache_bytes_per_row
 from models.student import count_parameters, student_mixers
 from models.student_folder import Student
@@ -43,14 +43,15 @@ class HeldOut:
         self.config, self.teacher, self.journal = config, teacher, journal
         self.device = launch.device(config)
         self.batches, self.copies = data.validation_batches(), data.copy_batches()
+        self.asks = data.labels_answers
 
     def measure_teacher(self) -> None:
         """Records the teacher's figures, once."""
         if self.teacher is None or "teacher" in self.journal.facts:
             return
-        row, positions = held_out_row(self.teacher.to(self.device), None, self.batches, self.copies)
+        row, positions = self._measure(self.teacher.to(self.device), None)
         log.info("Teacher: %s", _words(row))
-        self.journal.note(teacher={**row, "positions": positions["loss"]})
+        self.journal.note(teacher={"copy_gain": None, **row, "positions": positions["loss"]})
 
     def record(self, name: str, student: Student, *, tokens: int, seconds: float, **facts: Any) -> None:
         """Measures the student as a stage has left it and adds the row to the journal, unless it is there.
@@ -66,7 +67,7 @@ class HeldOut:
         models = [model for model in (student.model, self.teacher) if model is not None]
         for model in models:
             model.to(self.device)
-        row, positions = held_out_row(student.model, self.teacher, self.batches, self.copies)
+        row, positions = self._measure(student.model, self.teacher)
         entry = stage_entry(
             name=name,
             loss=row["loss"],
@@ -74,14 +75,23 @@ class HeldOut:
             seconds=seconds,
             kl=row.get("kl"),
             top1_agreement=row.get("top1_agreement"),
-            copy_gain=row["copy_gain"],
+            copy_gain=row.get("copy_gain"),
             transfer_loss=row["loss"] if name == TRANSFER else reference_loss(self.config, self.journal),
             teacher_loss=self.journal.facts.get("teacher", {}).get("loss"),
         )
-        copies = {key: row[key] for key in ("copy_first", "copy_second")}
+        others = {key: row[key] for key in ("copy_first", "copy_second", "accuracy") if key in row}
         curves = {"positions": positions["loss"], "kl_positions": positions.get("kl")}
-        self.journal.add({**entry, **copies, **curves, **facts})
+        self.journal.add({**entry, **others, **curves, **facts})
         log.info("After %s: %s", name, _words(row))
+
+    def _measure(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """As `held_out_row`; where only answers have labels, also `accuracy`, the share of right ones."""
+        row, positions = held_out_row(model, teacher, self.batches, self.copies)
+        if self.asks:
+            row["accuracy"] = answered_share(teacher_forced_answers(model, self.batches))
+        return row, positions
 
 
 def finish(
@@ -169,8 +179,8 @@ def chosen_kernels(model: PreTrainedModel, config: DictConfig) -> dict[str, dict
         if mixer.options.backend != "auto":
             choices[operator] = {"backend": mixer.options.backend, "reason": "named in the config"}
             continue
-        units = config.data.rows_per_device * mixer.state_count
-        size = operator_size(mixer.state_size)
+        heads, size = mixer.operator_heads
+        units = config.data.rows_per_device * heads
         choices[operator] = kernels.explain(operator, device=device, dtype=dtype, head_size=size, units=units)
     return choices
 

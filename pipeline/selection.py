@@ -14,7 +14,7 @@ from conf.launch import device as device_of
 from conf.stages import build_stage_data
 from data.datamodule import TextDataModule
 from models import ranks
-from models.layer_plan import ATTENTION, write_plan_file
+from models.layer_plan import ATTENTION, teacher_part, write_plan_file
 from models.layer_scores import ScoringRows
 from models.selection import SelectLayers
 from models.student_folder import Student
@@ -53,12 +53,13 @@ def select_layers(
     kept = stage.choose(scores)
     log.info("Layers %s keep attention, by %s", kept, stage.by)
     chosen = with_kept_layers(config, student, teacher, kept)
-    every = [scores.get(index, 0.0) for index in range(len(student.plan))]
+    before = teacher_part(student.plan)
+    every = [scores.get(index, 0.0) for index in range(len(before))]
     rounded = {index: float(f"{score:.6g}") for index, score in scores.items()}
     left = replaced_layers(chosen.plan, chosen.config.layer_plan.kept)
-    all_kept = [index for index in range(len(chosen.plan)) if index not in left]
+    all_kept = [index for index in range(len(before)) if index not in left]
     if ranks.is_first():
-        write_scores(run_folder / TABLE, student.plan, rounded, kept)
+        write_scores(run_folder / TABLE, before, rounded, kept)
         write_plan_file(run_folder, chosen.plan, by=stage.by, kept=kept, scores=rounded)
     journal.note(selection={"scores": every, "kept": all_kept, "label": stage.criterion.label})
     seconds = time.perf_counter() - started
@@ -66,8 +67,9 @@ def select_layers(
 
 
 def replaced_layers(plan: Sequence[str], kept: str) -> list[int]:
-    """The layers of a plan that have neither attention nor what the student has for kept layers."""
-    return [index for index, name in enumerate(plan) if name not in (ATTENTION, kept)]
+    """The teacher's layers, by number, that have neither attention nor what the student has for kept
+    layers."""
+    return [index for index, name in enumerate(teacher_part(plan)) if name not in (ATTENTION, kept)]
 
 
 def scoring_rows(stage: SelectLayers, data: TextDataModule) -> ScoringRows:
@@ -81,8 +83,8 @@ def scoring_rows(stage: SelectLayers, data: TextDataModule) -> ScoringRows:
 
 
 def write_scores(path: Path, plan: Sequence[str], scores: Mapping[int, float], kept: Sequence[int]) -> None:
-    """One line for each decoder layer: what stood there before, its score (none where it was not scored), and
-    whether the stage has chosen it."""
+    """One line for each decoder layer of the teacher: what stood there before, its score (none where it was
+    not scored), and whether the stage has chosen it."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("layer", "before", "score", "chosen"))

@@ -11,12 +11,13 @@ from callbacks.checkpoint import remove
 from models import ranks
 from models.calibration import CalibrateMixers
 from models.selection import SelectLayers
+from models.short_loss import CacheShortLoss
 from models.student_folder import Student
 from models.teacher_targets import CacheTeacher
 from pipeline.calibration import calibrate
 from pipeline.selection import select_layers
 from pipeline.students import frozen_copy
-from pipeline.teacher_cache import cache_teacher
+from pipeline.teacher_cache import write_caches
 from pipeline.training import train_stage
 from reports.journal import Journal
 
@@ -31,7 +32,7 @@ def run_stage(
     run_folder: Path,
     loggers: list[Logger],
 ) -> tuple[Student, dict[str, Any]]:
-    """Runs a training stage, a calibration, a selection, or the writing of a teacher cache.
+    """Runs a training stage, a calibration, a selection, or the writing of a cache.
 
     Returns:
         The student afterwards, and the stage's facts for the journal: tokens, seconds and what it found out.
@@ -40,8 +41,8 @@ def run_stage(
         return select_layers(config, stage, student, teacher, tokenizer, journal, run_folder)
     if isinstance(stage, CalibrateMixers):
         return calibrate(config, stage, student, teacher, tokenizer, run_folder)
-    if isinstance(stage, CacheTeacher):
-        return student, cache_teacher(config, stage, teacher, tokenizer)
+    if isinstance(stage, CacheTeacher | CacheShortLoss):
+        return student, write_caches(config, stage, student.model, teacher, tokenizer)
     cost = train_stage(
         config,
         stage,

@@ -19,7 +19,7 @@ from models import ranks
 from models.architectures import attention_modules
 from models.config import StudentConfig
 from models.conversion import build_student, check_plan, kept_module, restore_attention
-from models.layer_plan import ATTENTION, LayerPlan
+from models.layer_plan import ATTENTION, LayerPlan, with_names
 from models.parallelize import (
     connect,
     full_tensors,
@@ -28,6 +28,7 @@ from models.parallelize import (
     recompute_blocks,
     shard,
 )
+from models.student import teacher_places
 from models.student_folder import Student, empty_student, load_student, model_folder
 from models.teacher import load_teacher, teacher_outline
 from models.transfer import TransferRow, attention_prefix
@@ -111,9 +112,11 @@ def _starting_student(
         return load_student(model_folder(config.init_from), attention)
     torch.manual_seed(config.seed)
     if teacher is None:
-        model = build(config.student, "student", tokenizer=tokenizer)
-        plan = [ATTENTION] * model.config.num_hidden_layers
-        return Student(model.train(), plan, StudentConfig(layer_plan=LayerPlan(layers=plan)))
+        made = build(config.student, "student", tokenizer=tokenizer)
+        if isinstance(made, Student):
+            return made
+        plan = [ATTENTION] * made.config.num_hidden_layers
+        return Student(made.train(), plan, StudentConfig(layer_plan=LayerPlan(layers=plan)))
     student_config = build(config.student, "student")
     plan = check_plan(student_config, teacher.config)
     model, rows = build_student(teacher, student_config, plan)
@@ -127,13 +130,13 @@ def _starting_student(
 def with_kept_layers(
     config: DictConfig, student: Student, teacher: PreTrainedModel, layers: list[int]
 ) -> Student:
-    """The student with what its config has for kept layers in the given ones: a trainable copy of the
-    teacher's attention, or a mixer with its weights.
+    """The student with what its config has for kept layers in the given ones of the teacher's: a trainable
+    copy of its attention, or a mixer with its weights.
 
     What such a mixer draws depends on `seed` alone, not on processes and stages before.
     """
     kept = student.config.layer_plan.kept
-    plan = [kept if index in layers else name for index, name in enumerate(student.plan)]
+    plan = with_names(student.plan, dict.fromkeys(layers, kept))
     if not is_sharded(student.model):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -141,11 +144,11 @@ def with_kept_layers(
         return Student(student.model, plan, student.config)
     # What a sharded model is made of cannot be exchanged: the student is made anew, from whole tensors.
     model = empty_student(student.model.config, student.config, plan)
-    tensors = full_tensors(student.model)
+    tensors, places = full_tensors(student.model), teacher_places(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         for index in layers:
-            prefix = attention_prefix(teacher, index)
+            prefix = attention_prefix(model, places[index])
             attention = full_tensors(attention_modules(teacher)[index])
             if student.config.is_mixer(kept):
                 attention = kept_module(teacher, index, student.config, attention).state_dict()
@@ -158,7 +161,7 @@ def with_kept_layers(
 
 
 def with_induction(config: DictConfig, student: Student, layers: list[int]) -> Student:
-    """The student with a bank of induction heads in the RWKV-7 mixers of the given layers.
+    """The student with a bank of induction heads in the RWKV-7 mixers of the given layers of the teacher's.
 
     It computes what it did, because a bank starts at 0. What a bank draws depends on `seed` alone.
     """

@@ -18,11 +18,13 @@ from callbacks.metrics_csv import MetricsCsv
 from callbacks.panels import panel_loggers
 from conf.launch import build, device
 from conf.stages import build_stage_data, stage_timeline
-from conf.teacher_caches import check_reading
-from data.datamodule import BatchShape, TextDataModule
+from conf.teacher_caches import cache_key, check_reading
+from data.datamodule import TextDataModule
+from data.row_module import BatchShape
 from models import ranks
 from models.distill_module import ConversionModule
 from models.evaluation import evaluate
+from models.short_loss import student_identity
 from models.stage import StageConfig
 from models.timeline import Timeline
 
@@ -46,16 +48,14 @@ def train_stage(
 
     Returns:
         {"tokens", "seconds"}: trained on, and wall-clock time of the stage, earlier attempts included; with a
-        table of row lengths also "longer_rows", see `held_out_curve`.
+        curriculum also "longer_rows", see `held_out_curve`.
 
     Raises:
         SystemExit: where training was asked to stop (a signal); the run can be resumed.
     """
     data = build_stage_data(config, stage.name, tokenizer=tokenizer)
     data.prepare_data()
-    if getattr(stage.objective, "teacher_cache", None) is not None:
-        check_reading(config, stage, tokenizer)  # an earlier stage may just have written it
-        data.teach_from(stage.objective.teacher_cache)
+    _read_caches(config, stage, student, tokenizer, data)
     timeline = stage_timeline(config, stage, ranks.world_size())
     data.train_on(batch_shapes(timeline, stage.accumulate))
     module = ConversionModule(
@@ -68,11 +68,14 @@ def train_stage(
         reference=reference,
     )
     resume = _resume_point(config, run_folder / "checkpoints" / stage.name)
+    if resume is not None and config.strategy.name == "fsdp":
+        # A sharded checkpoint is read into the state that the trainable parameters have, no more and no less.
+        module.train_only(module.groups_before(checkpoint_step(resume)))
     callbacks = [
         build(callback, f"callbacks.{name}") for name, callback in config.callbacks.items() if callback
     ]
     _begin_loggers(loggers, module, resume)
-    trainer = build_trainer(config, stage, timeline.steps, loggers, callbacks)
+    trainer = build_trainer(config, stage, timeline, loggers, callbacks)
     started = time.perf_counter()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -86,7 +89,22 @@ def train_stage(
         (c.seconds for c in callbacks if type(c).__name__ == "Throughput"), time.perf_counter() - started
     )
     facts = {"tokens": timeline.tokens, "seconds": clock}
-    return facts | ({"longer_rows": held_out_curve(config, student, data)} if stage.row_lengths else {})
+    return facts | ({"longer_rows": held_out_curve(config, student, data)} if stage.curriculum else {})
+
+
+def _read_caches(
+    config: DictConfig,
+    stage: StageConfig,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TextDataModule,
+) -> None:
+    """Makes the data bring what the objective reads from a cache, which an earlier stage may just have
+    written."""
+    if key := cache_key(stage.objective):
+        identity = student_identity(student) if key == "short_loss" else None
+        folders = check_reading(config, stage, tokenizer, identity)
+        data.teach_from(*folders, key=f"stage.{stage.name}.objective.{key}")
 
 
 def held_out_curve(
@@ -96,7 +114,8 @@ def held_out_curve(
 
     Returns:
         {"row_length", "loss", "by_position"}: the mean, and [last token, mean up to it from the entry before]
-        for each of (at most) 16 equal parts of a row; None where the held-out text fills no such row.
+        for each of (at most) 16 equal parts of a row that has labels; None where the held-out text fills no
+        such row.
     """
     try:
         batches = data.validation_batches(max(1, data.validation_rows // 4))
@@ -106,8 +125,9 @@ def held_out_curve(
     sums = evaluate(student.to(device(config)), None, batches)
     stretches = min(STRETCHES, data.row_length)
     parts = [sums.by_position[name].tensor_split(stretches) for name in ("loss", "count")]
-    means = [float(loss.sum() / count.sum().clamp_min(1)) for loss, count in zip(*parts, strict=True)]
     ends = np.cumsum([len(loss) for loss in parts[0]]).tolist()
+    labelled = [(end, loss, count) for end, loss, count in zip(ends, *parts, strict=True) if count.sum()]
+    ends, means = [end for end, *_ in labelled], [float(x.sum() / n.sum()) for _, x, n in labelled]
     mean = sums.means()["loss"]
     words = (data.row_length, mean, means[0], means[-1])
     log.info("Held-out loss on rows of %d tokens: %.4g; at their beginning %.4g, at their end %.4g", *words)
@@ -160,22 +180,27 @@ def _rewind(table: MetricsCsv, stage: str, checkpoint: Path | None) -> None:
 
 
 def build_trainer(
-    config: DictConfig, stage: StageConfig, steps: int, loggers: list, callbacks: list[pl.Callback]
+    config: DictConfig, stage: StageConfig, timeline: Timeline, loggers: list, callbacks: list[pl.Callback]
 ) -> pl.Trainer:
     """The Lightning trainer of one stage."""
     options = config.trainer
     validates = stage.validate_every_steps > 0
+    # Copies that average gradients wait for every parameter that may train, unless they look for the frozen.
+    freezes = config.strategy.name == "ddp" and bool(stage.freezing_phases(timeline))
+    waits = {"find_unused_parameters": True} if freezes else {}
     shows_progress = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     return pl.Trainer(
         accelerator=options.accelerator,
         devices=options.devices,
         num_nodes=options.num_nodes,
         plugins=[LightningEnvironment()],  # conf.ranks has set the variables, whoever started the processes
-        strategy="auto" if config.strategy.name == "single" else build(config.strategy.lightning, "strategy"),
+        strategy="auto"
+        if config.strategy.name == "single"
+        else build(config.strategy.lightning, "strategy", **waits),
         precision=options.precision,
         deterministic=options.deterministic,
         profiler=options.profiler,
-        max_steps=steps,
+        max_steps=timeline.steps,
         accumulate_grad_batches=stage.accumulate,
         gradient_clip_val=stage.gradient_clip or None,
         log_every_n_steps=stage.log_every_steps,

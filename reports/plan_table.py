@@ -50,9 +50,10 @@ def plan_tables(plan: dict[str, Any]) -> list[tuple[str, list[str], list[list[st
 def plan_words(plan: dict[str, Any]) -> list[str]:
     """What a plan says besides its tables: parameters, what does not fit, notes."""
     counts = plan["parameters"]
+    inserted = f" and {_count(counts['inserted'])} in inserted layers" if counts["inserted"] else ""
     said = [
         f"Parameters: teacher {_count(counts['teacher'])}, student {_count(counts['student'])}, of which "
-        f"{_count(counts['mixers'])} in mixers.",
+        f"{_count(counts['mixers'])} in mixers{inserted}.",
         f"Memory of a node itself at the start: {plan['host_memory_gb']:,.1f} GB, for whole models before "
         "they are spread.",
     ]

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 from reports.plots import (
@@ -139,7 +140,10 @@ def headline(summary: Mapping) -> str:
         return "No stage was measured."
     last, teacher = summary["stages"][-1], summary["teacher"]
     if teacher is None or teacher["loss"] is None:
-        return f"After stage {last['name']} the held-out loss is {last['loss']:.3f} nats/token."
+        text = f"After stage {last['name']} the held-out loss is {last['loss']:.3f} nats/token"
+        if last.get("accuracy") is not None:
+            text += f", and {last['accuracy']:.1%} of the values asked for are right"
+        return text + "."
     difference = last["loss"] - teacher["loss"]
     side = "above" if difference >= 0 else "below"
     text = (
@@ -194,7 +198,10 @@ def _flatten(name: str, value: object) -> Iterator[tuple[str, str]]:
 
 def _student(student: Mapping) -> Iterator[str]:
     yield "## Student"
-    plan = ", ".join(f"{index} {mixer}" for index, mixer in enumerate(student["layer_plan"]))
+    numbers = count()  # an inserted layer, `+sparse`, has none
+    plan = ", ".join(
+        entry if entry.startswith("+") else f"{next(numbers)} {entry}" for entry in student["layer_plan"]
+    )
     state = student["state_bytes_per_row"]
     rows = [
         ("parameters", format_tokens(student["parameters"])),

@@ -53,8 +53,8 @@ def test_every_choice_of_a_group_composes(group: str):
         "hub": ["teacher.path=x", "teacher.revision=y"],
     }
     for choice in choices(group):
-        if choice == "qwen2_from_scratch":
-            continue  # goes with teacher=none: the experiment pretrain_tiny_teacher
+        if choice.endswith("_from_scratch"):
+            continue  # go with teacher=none: the experiments pretrain_tiny_teacher and mqar
         overrides = [f"{group}={choice}", *extra.get(choice, [])]
         launch.check(compose("train", overrides=[RUN_FOLDER, *overrides]))
 
@@ -191,8 +191,16 @@ PLACEHOLDERS = {
     "<file>": "chat.jinja",
 }
 # `python x.py ...` or `torchrun ... x.py ...`, on a line of its own up to its comment, or between backticks.
-# The first is run in test_sweep.py, the second needs a GPU.
-OTHER_PROGRAMS = ("pipeline.sweep", "pipeline.token_efficiency", "kernels.fused.measure", "pip", "venv")
+# Each of these has a test of its own, or needs a GPU.
+OTHER_PROGRAMS = (
+    "pipeline.sweep",
+    "pipeline.token_efficiency",
+    "pipeline.recall_curves",
+    "kernels.fused.measure",
+    "kernels.bench.sparse",
+    "pip",
+    "venv",
+)
 COMMAND = re.compile(
     r"(?:^ +|`)(?:[\w./]*python|torchrun(?: --[\w=]+)+) (?:-m )?([\w.]+)((?:(?! {2,}| *#)[^`\n])*)",
     re.MULTILINE,

@@ -1,5 +1,7 @@
 """The cost model: its operations and bytes are those of the code."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -7,15 +9,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.architectures import decoder_layers
 from models.backbone import hidden_states
+from models.config import StudentConfig
 from models.cost import Work, flops_per_token, kind_of, operator_flops
-from models.distill_module import parameter_groups
-from models.memory import ATTENTION_BYTES, FEED_FORWARD_BYTES, LOGIT_BYTES, MIXER_BYTES, Setting, make_it_fit
+from models.layer_plan import Expansion, LayerPlan
+from models.memory import (
+    ATTENTION_BYTES,
+    FEED_FORWARD_BYTES,
+    LOGIT_BYTES,
+    MIXER_BYTES,
+    Setting,
+    make_it_fit,
+    memory,
+)
 from models.mixers import rwkv7
 from models.objectives import Align, CrossEntropy, Distill
 from models.outline import outline, teacher_plan
 from models.parallelize import recompute_blocks
 from models.stage import freeze_all_but
-from models.student import student_mixers
+from models.student import count_parameters, parameter_groups, student_mixers
 from models.teacher import TeacherConfig, teacher_outline
 
 TINY = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
@@ -164,3 +175,31 @@ def test_a_setting_that_fits_is_left_alone():
     options = {"rows": 4, "accumulate": 1, "chunk_tokens": 512, "teacher_bytes": 4, "optimizer_bytes": 8.0}
     setting = Setting(devices=1, strategy="single", precision="32-true", masked=True, **options)
     assert make_it_fit(work, setting, 1e12) == (work, setting)
+
+
+def test_inserted_layers_cost_what_they_are():
+    """All passes of distillation and their own memory; nothing in alignment, which passes them by."""
+    teacher, outlines = tiny.tiny_teacher(), []
+    for every in (None, 2):
+        plan = LayerPlan(expansion=Expansion(every=every, mixer="sliding_window"))
+        student, _ = tiny.convert(teacher, StudentConfig(layer_plan=plan))
+        outlines.append(outline(student, plan.resolve(tiny.LAYERS, ["rwkv7", "sliding_window"])))
+    plain, grown = outlines
+    block = count_parameters(decoder_layers(student)[2])
+    assert (plain.inserted, grown.inserted) == (0, block) and grown.mixers == plain.mixers
+    assert grown.parameters - plain.parameters == grown.multiplied - plain.multiplied == block
+    shape = outline(teacher, teacher_plan(teacher))
+    align = [flops_per_token(Work(kind="align", student=each, teacher=shape)) for each in outlines]
+    assert align[0] == align[1]
+    work = [Work(kind="distill", student=each, teacher=shape, row_length=TOKENS) for each in outlines]
+    added = flops_per_token(work[1]) - flops_per_token(work[0])
+    assert added == pytest.approx(3 * (2 * block + 2 * TOKENS * grown.inner))
+    alone = replace(work[1], mixers_trained=False, rest_trained=False)
+    assert alone.trained == block
+    spared = 2 * (grown.multiplied - block) + 2 * grown.head
+    assert flops_per_token(work[1]) - flops_per_token(alone) == pytest.approx(spared)
+    options = {"rows": 4, "accumulate": 1, "chunk_tokens": 512, "teacher_bytes": 4, "optimizer_bytes": 8.0}
+    setting = Setting(devices=1, strategy="single", precision="32-true", masked=False, **options)
+    without, needed = (memory(each, setting) for each in work)
+    assert needed["student"] - without["student"] == 4 * block
+    assert needed["activations"] > without["activations"]

@@ -184,7 +184,7 @@ def test_damaged_weights_are_told_by_the_key(run: Path, tmp_path: Path, damage: 
 
 def test_a_bad_command_line_is_refused_in_one_line():
     for overrides, said in (
-        (["model=x", "suite=kernels"], "suite=kernels is unknown; choose one of lm_eval, quick, retrieval."),
+        (["model=x", "suite=kernels"], "unknown; choose one of lm_eval, long_context, quick, retrieval."),
         (["model=x", "suite=lm_eval", "tasks=[]"], "tasks is empty"),
     ):
         done = evaluation(*overrides)
@@ -196,7 +196,7 @@ def test_every_suite_belongs_to_one_script():
     files = {path.stem for path in suites.FOLDER.glob("*.yaml")}
     of_scripts = [suites.suites_of("eval.py"), suites.suites_of("benchmark.py")]
     assert sorted(sum(of_scripts, [])) == sorted(files)
-    assert of_scripts[0] == ["lm_eval", "quick", "retrieval"]
+    assert of_scripts[0] == ["lm_eval", "long_context", "quick", "retrieval"]
 
 
 def test_relative_scores():

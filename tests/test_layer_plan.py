@@ -3,7 +3,17 @@
 import pytest
 import yaml
 
-from models.layer_plan import PLAN_FILE, LayerPlan, from_file, read_plan_file, write_plan_file
+from models.layer_plan import (
+    PLAN_FILE,
+    Expansion,
+    LayerPlan,
+    from_file,
+    read_plan_file,
+    teacher_numbers,
+    teacher_part,
+    with_names,
+    write_plan_file,
+)
 
 KNOWN = ["rwkv7", "rwkv6", "sparse"]
 FOURTH = ["rwkv7", "rwkv7", "rwkv7", "sparse"]
@@ -121,6 +131,84 @@ def test_values_that_mean_nothing_are_refused(options, message):
     assert message in str(error.value)
 
 
+# --- inserted layers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ({"expansion": Expansion(every=4)}, "R R R R +S"),
+        ({"expansion": Expansion(every=2)}, "R R +S R R +S"),
+        ({"expansion": Expansion(every=3)}, "R R R +S R"),
+        ({"expansion": Expansion(every=1, mixer="rwkv6"), "keep": [1]}, "R +6 A +6 R +6 R +6"),
+        ({"expansion": Expansion(every=3, mixer="attention"), "every": 4}, "R R R +A A"),
+        ({"expansion": Expansion(mixer="rwkv6")}, "R R R R"),
+        ({"layers": ["2 rwkv7", "+sparse", "rwkv6", "2 +rwkv6", "attention"]}, "R R +S 6 +6 +6 A"),
+        ({"layers": ["4 rwkv7"], "expansion": Expansion(every=3)}, "R R R +S R"),
+    ],
+    ids=str,
+)
+def test_layers_are_inserted(options, wanted):
+    names = {"R": "rwkv7", "6": "rwkv6", "A": "attention", "S": "sparse"}
+    plan = LayerPlan(**options).resolve(4, KNOWN)
+    assert plan == [("+" if "+" in word else "") + names[word[-1]] for word in wanted.split()]
+    assert teacher_part(plan) == [names[word] for word in wanted.split() if "+" not in word]
+    again = LayerPlan(layers=plan).resolve(4, KNOWN)
+    assert again == plan, "a resolved plan says all of it"
+
+
+def test_every_entry_knows_its_layer():
+    plan = ["rwkv7", "+sparse", "+sparse", "rwkv7", "attention", "+rwkv6"]
+    assert teacher_numbers(plan) == [0, 0, 0, 1, 2, 2]
+    assert with_names(plan, {1: "attention", 2: "rwkv6"}) == [*plan[:3], "attention", "rwkv6", "+rwkv6"]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Expansion(every=0), "student.layer_plan.expansion.every=0 must be at least 1"),
+        (
+            lambda: Expansion(mixer="+sparse"),
+            "student.layer_plan.expansion.mixer: +sparse would be an insert",
+        ),
+        (
+            lambda: LayerPlan(mixer=["rwkv7", "+sparse"]),
+            "student.layer_plan.mixer: +sparse would be an insert",
+        ),
+        (
+            lambda: LayerPlan(kept="+sparse"),
+            "student.layer_plan.kept: +sparse would be an inserted layer; name",
+        ),
+        (
+            lambda: LayerPlan(expansion=Expansion(every=5)),
+            "expansion.every=5 inserts nothing into the teacher's 4",
+        ),
+        (lambda: LayerPlan(expansion=Expansion(every=2, mixer="x")), "student.layer_plan: ['x'] is unknown"),
+        (
+            lambda: LayerPlan(layers=["4 rwkv7", "+x"]),
+            "student.layer_plan: ['x'] is unknown; choose from rwkv7",
+        ),
+        (
+            lambda: LayerPlan(layers=["+sparse", "4 rwkv7"]),
+            "begins with +sparse; an inserted layer is made from",
+        ),
+        (
+            lambda: LayerPlan(layers=["3 rwkv7", "+sparse"]),
+            "has 3 entries beside those with +; the teacher has 4 layers",
+        ),
+        (
+            lambda: LayerPlan(layers=["4 rwkv7", "+sparse"], expansion=Expansion(every=2)),
+            "expansion.every=2 and a plan that has inserted layers of its own (+) contradict each other",
+        ),
+    ],
+    ids=range(10),
+)
+def test_insertions_that_cannot_be_are_refused(make, message):
+    with pytest.raises(ValueError) as error:
+        make().resolve(4, KNOWN)
+    assert message in str(error.value)
+
+
 # --- the file -----------------------------------------------------------------------------------------------
 
 
@@ -158,3 +246,16 @@ def test_a_file_without_a_fitting_plan_is_refused_with_its_key(text, message, tm
         (tmp_path / PLAN_FILE).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"student.layer_plan.file={tmp_path}.*{message}"):
         from_file(LayerPlan(file=str(tmp_path)), 3)
+
+
+def test_a_file_keeps_inserted_layers_and_may_get_some(tmp_path):
+    plan = ["rwkv7", "attention", "+sparse", "rwkv7"]
+    write_plan_file(tmp_path, plan)
+    assert from_file(LayerPlan(file=str(tmp_path)), 3).resolve(3, KNOWN) == plan
+    with pytest.raises(ValueError, match="is a plan for 3 layers; the teacher has 4"):
+        from_file(LayerPlan(file=str(tmp_path)), 4)
+    twice = from_file(LayerPlan(file=str(tmp_path), expansion=Expansion(every=2)), 3)
+    with pytest.raises(ValueError, match="contradict each other"):
+        twice.resolve(3, KNOWN)
+    write_plan_file(tmp_path, teacher_part(plan))
+    assert from_file(LayerPlan(file=str(tmp_path), expansion=Expansion(every=2)), 3).resolve(3, KNOWN) == plan

@@ -27,7 +27,7 @@ from models.student_folder import Student, load_student, save_student
 OPTIONS = {
     "rwkv7": RWKV7Options(value_residual=True),
     "rwkv6": RWKV6Options(bonus=True),
-    "sparse": SparseAttentionOptions(chunk_length=4, top_k=2),
+    "sparse": SparseAttentionOptions(block_length=4, window=5, top_k=1, pool_blocks=40),
     "sliding_window": SlidingWindowOptions(window=5, sinks=2, gate="low"),
     "attention": KeptAttentionOptions(rope=False, gate="full", log_position_scale=True, training_length=8),
 }

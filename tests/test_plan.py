@@ -197,18 +197,18 @@ def test_optimiser_state_and_precision_count():
     assert half["teacher"] == memory["teacher"] / 2
 
 
-def test_a_table_of_row_lengths_is_priced_entry_by_entry():
+def test_a_curriculum_is_priced_entry_by_entry():
     entries = ((0, 4096, 4), (40_000_000, 16384, 1))
     names = ("from_tokens", "row_length", "rows_per_device")
     table = [dict(zip(names, entry, strict=True)) for entry in entries]
     base = ["experiment=radlads_qwen2_5_7b", "hardware=8xmi300x"]
     written = str(table).replace("'", "").replace(" ", "")
-    both = stages(plan(*base, f"stage.extend.row_lengths={written}"))["extend"]
+    both = stages(plan(*base, f"stage.extend.curriculum={written}"))["extend"]
     whole = {}
     for length, rows in ((4096, 4), (16384, 1)):
         one = f"[{{from_tokens:0,row_length:{length},rows_per_device:{rows}}}]"
-        whole[length] = stages(plan(*base, f"stage.extend.row_lengths={one}"))["extend"]
-    parts = {part["row_length"]: part["tokens"] for part in both["row_lengths"]}
+        whole[length] = stages(plan(*base, f"stage.extend.curriculum={one}"))["extend"]
+    parts = {part["row_length"]: part["tokens"] for part in both["curriculum"]}
     assert sum(parts.values()) == both["tokens"] and 40_000_000 <= parts[4096] < 40_000_000 + 2**17
     expected = sum(whole[length]["flops_per_token"] * tokens for length, tokens in parts.items())
     assert both["flops"] == pytest.approx(expected)

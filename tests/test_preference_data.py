@@ -85,7 +85,7 @@ def test_pairs_lie_side_by_side(caplog):
     lengths = {1: 4, 5: 5, 46: 3, 49: 2}
     assert (batch["document_ids"] >= 0).sum(1).tolist() == [lengths[first] for first in firsts]
     assert batch["document_ids"].max() == 0
-    with pytest.raises(ValueError, match="row_lengths: conversations and pairs"):
+    with pytest.raises(ValueError, match="curriculum: conversations and pairs"):
         rows.split(2, 20)
 
 

@@ -92,7 +92,7 @@ def test_arwkv_has_its_block_and_rows():
 
 def test_rwkvx_keeps_the_order_of_its_recipe():
     config = composed("rwkvx_3_6b")
-    assert list(config.stages) == ["align", "distill", "preheat", "long_context"]
+    assert list(config.stages) == ["align", "distill", "preheat", "cache_short_loss", "long_context"]
     assert config.stage.preheat.tokens == 1.5e9 and config.stage.preheat.learning_rate.rest == 0
     long = stage_data(config, "long_context")
     assert long.row_length == 64000 and long.cross_documents and "pg19" in long.sources.text.path
@@ -134,8 +134,8 @@ def test_a_student_preset_fits_the_bundled_teacher(name: str):
     student = launch.build(config.student, "student")
     plan = check_plan(student, load_hf_config(launch.build(config.teacher, "teacher")))
     last = {"hybrid": "attention", "sliding": "sliding_window", "rwkvx": "sparse"}
-    rest = "rwkv6" if name.startswith("rwkv6") else "rwkv7"
-    assert plan == [rest] * 3 + [last.get(name, rest)]
+    rest, added = "rwkv6" if name.startswith("rwkv6") else "rwkv7", {"rwkvx_inserted": ["+sparse"]}
+    assert plan == [rest] * 3 + [last.get(name, rest), *added.get(name, [])]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +146,9 @@ def test_a_student_preset_fits_the_bundled_teacher(name: str):
         (["student.layer_plan.mixer=[2 rwkv6,sliding_window]"], "66W6"),
         (["student.layer_plan.layers=[rwkv7,rwkv6,attention,sliding_window]"], "R6AW"),
         (["student=hybrid", "student.layer_plan.every=null", "student.layer_plan.keep=[0]"], "ARRR"),
+        (["student.layer_plan.expansion.every=2"], "RR+SRR+S"),
+        (["student.layer_plan.expansion={every: 3, mixer: rwkv6}"], "RRR+6R"),
+        (["student.layer_plan.layers=[4 rwkv7,+sparse]"], "RRRR+S"),
     ],
     ids=str,
 )
@@ -154,6 +157,7 @@ def test_a_plan_on_the_command_line_needs_no_other_key(overrides, wanted):
     launch.check(config)
     plan = launch.build(config.student, "student").layer_plan.resolve(4, list(MIXERS))
     letters = {"rwkv7": "R", "rwkv6": "6", "attention": "A", "sliding_window": "W", "sparse": "S"}
+    letters |= {f"+{mixer}": f"+{letter}" for mixer, letter in letters.items()}
     assert "".join(letters[name] for name in plan) == wanted
 
 

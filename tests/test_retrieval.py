@@ -2,22 +2,20 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from data_inputs import ListSource, store_of, tiny_tokenizer
 from evaluations import BUNDLED, TEXT, composed, evaluation
 from test_datamodule import equal, module
-from tiny import packed_batch, tiny_student, tiny_teacher
 from transformers import AutoTokenizer
 
 from conf.launch import build
 from data.packing import IGNORED
 from data.retrieval import NeedleRows, Needles
 from data.token_store import TokenStore, prepare_token_store
-from models import ranks
 from models.retrieval import exact_answers
 from reports.retrieval_plot import retrieval_maps
 
@@ -88,6 +86,86 @@ def test_needles_stand_behind_line_breaks(store):
     assert len(facts) == 40 and sum(behind) >= 30  # the other one of each row's four is the question
 
 
+FORMS = {
+    "letters": r"[A-Z]{4}",
+    "numbers": r"[1-9][0-9]{6}",
+    "words": r"[a-z]+-[a-z]+",
+    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+}
+
+
+@pytest.mark.parametrize("haystack", ["text", "noise"])
+@pytest.mark.parametrize(("keys", "values"), [("words", "numbers"), ("words", "uuid"), ("uuid", "letters")])
+def test_keys_values_and_haystack_are_of_the_kinds_asked_for(store, haystack, keys, values):
+    task = Needles(
+        needles=3, haystack=haystack, keys=keys, values=values, template="\nAbout {key}: {value}.\n"
+    )
+    rows, facts = task.rows(store, tiny_tokenizer(), 500, seed=1), set()
+    form = re.compile(rf"\nAbout ({FORMS[keys]}): ({FORMS[values]})\.\n")
+    for index in range(4):
+        row = rows.row(index)
+        text, answer = text_of(row.input_ids), text_of(row.labels[row.labels != IGNORED])
+        found = form.findall(text)
+        assert len({key for key, _ in found}) == len({value for _, value in found}) == len(found) == 3
+        question = text[text.rindex("\nAbout ") :]
+        assert any(question.startswith(f"\nAbout {key}:") and answer.strip() == value for key, value in found)
+        assert ("kettle" in text) == (haystack == "noise") and ("return" in text) == (haystack == "text")
+        facts |= set(found)
+    assert len(facts) == 12  # new ones in every row
+
+
+def tokens_before_the_answer(rows: NeedleRows, index: int) -> tuple[int, int]:
+    """How many tokens of a row stand before the asked needle, and how many would if it stood last."""
+    row = rows.row(index).input_ids.tolist()
+    first = int(np.flatnonzero(rows.row(index).labels != IGNORED)[0])
+    question = next(
+        row[start : first + 1]
+        for start in range(first, 0, -1)
+        if text_of(row[start : first + 1])[:2] == "\n<"
+    )
+    starts = [i for i in range(first) if row[i : i + len(question)] == question]
+    end = text_of(row[starts[0] :]).index("\n", 1) + 1
+    size = next(n for n in range(len(question), 99) if len(text_of(row[starts[0] : starts[0] + n])) >= end)
+    return starts[0], starts[-1] - size
+
+
+@pytest.mark.parametrize("needles", [1, 5])
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+def test_a_given_depth_is_exact_to_the_token(store, needles, depth):
+    """So many of the tokens before the question, the needle's own left out, stand before the needle."""
+    task = Needles(needles=needles, depth=depth, template="\n<{key}> is {value}\n")
+    rows = task.rows(store, tiny_tokenizer(), 400, seed=5)
+    for index in range(5):
+        before, most = tokens_before_the_answer(rows, index)
+        assert before == round(depth * most)
+        assert rows.row(index).input_ids.shape == (400,) and rows.depth(index) == depth
+
+
+def test_a_pass_key_needs_no_key(store):
+    task = Needles(
+        template="\nThe pass key is {value}.\n", haystack="noise", values="numbers", value_length=5
+    )
+    row = task.rows(store, tiny_tokenizer(), 200, seed=1).row(0)
+    answer = text_of(row.labels[row.labels != IGNORED])
+    assert re.fullmatch(r" ?[1-9][0-9]{4}", answer)
+    assert text_of(row.input_ids).count(f"\nThe pass key is{answer}.\n") == 1
+
+
+@pytest.mark.parametrize("name", ["needles", "passkey", "niah_1", "niah_2", "niah_3", "niah_multikey"])
+def test_the_tasks_of_the_configs_are_those_of_their_names(name: str):
+    config = composed("suite=long_context", "model=nowhere", f"+retrieval@extra={name}")
+    task = build(config.extra, "extra")
+    wanted = {
+        "needles": (1, "text", "letters", "letters"),
+        "passkey": (1, "noise", "letters", "numbers"),
+        "niah_1": (1, "noise", "words", "numbers"),
+        "niah_2": (1, "text", "words", "numbers"),
+        "niah_3": (1, "text", "words", "uuid"),
+        "niah_multikey": (4, "text", "words", "numbers"),
+    }
+    assert (task.needles, task.haystack, task.keys, task.values) == wanted[name]
+
+
 def test_short_documents_are_joined_and_empty_ones_left_out():
     rows = NeedleRows(Needles(), store_of([1, 9, 1, 9]), tiny_tokenizer(), 100, seed=1)
     assert rows.row(0).input_ids.shape == (100,)
@@ -110,6 +188,13 @@ def test_short_documents_are_joined_and_empty_ones_left_out():
         ({"characters": "ABC", "key_length": 1}, "key_length=1"),
         ({"value_length": 27}, "value_length=27"),
         ({"needles": 8, "value_length": 1}, "value_length=1"),
+        ({"haystack": "hay"}, "haystack='hay' is unknown; choose one of text, noise"),
+        ({"keys": "names"}, "keys='names' is unknown; choose one of letters"),
+        ({"values": "uuid", "value_length": 8}, "value_length=8 has no effect on uuid"),
+        ({"needles": 500, "keys": "words", "values": "uuid"}, "too few different words"),
+        ({"values": "numbers", "value_length": 1, "needles": 2}, "value_length=1 gives too few"),
+        ({"needles": 2, "template": "it is {value}"}, "a single needle may do without"),
+        ({"depth": 1.1}, "depth=1.1"),
     ],
 )
 def test_bad_tasks_are_refused(options, words):
@@ -160,45 +245,6 @@ def test_the_data_module_asks_of_training_or_of_held_out_documents(tmp_path: Pat
             assert split in text and not any(word in text for word in splits if word != split)
     assert equal(held_out, again) and not equal(train, other)
     assert data.retrieval_batches(Needles(), 1)[0]["input_ids"].shape == (1, 48)
-
-
-# --- exact answers ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_exact_answers_are_those_of_greedy_decoding(kind):
-    """Rows whose answer is what the model writes are right; one wrong token anywhere makes a row wrong."""
-    model = tiny_teacher()
-    model = tiny_student(model, (1,)) if kind == "student" else model
-    batch = packed_batch([[20], [20], [20], [20]])
-    prompt = batch["input_ids"][:, :15]
-    written = model.generate(prompt, max_new_tokens=6, do_sample=False)
-    batch["input_ids"], batch["labels"] = written[:, :20].clone(), torch.full((4, 20), IGNORED)
-    batch["labels"][:, 14:] = written[:, 15:]
-    batch["labels"][1, 19] = (batch["labels"][1, 19] + 1) % 97  # the last token, which no other reads
-    for row, place in ((2, 14), (3, 16)):
-        wrong = (batch["labels"][row, place] + 1) % 97
-        batch["labels"][row, place] = batch["input_ids"][row, place + 1] = wrong
-    assert exact_answers(model, [batch]) == [True, False, False, False]
-    assert exact_answers(model, [batch, batch]) == [True, False, False, False] * 2
-
-
-def test_processes_divide_the_batches(monkeypatch):
-    model, batches = tiny_teacher(), []
-    for seed in range(3):
-        batch = packed_batch([[12], [12]], seed=seed)
-        batch["labels"][:, :-1] = IGNORED
-        batch["labels"][0, -1] = model(batch["input_ids"]).logits[0, -1].argmax()
-        batch["labels"][1, -1] = model(batch["input_ids"]).logits[1, -1].argmin()
-        batches.append(batch)
-    shares = []
-    for rank in (0, 1):
-        monkeypatch.setattr(ranks, "world_size", lambda: 2)
-        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        others = {index: [] for index in range(3)}
-        monkeypatch.setattr(ranks, "gather", lambda own, others=others: shares.append(own) or [others | own])
-        exact_answers(model, batches)
-    assert shares == [{0: [True, False], 2: [True, False]}, {1: [True, False]}]
 
 
 # --- the suite ----------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_other_data_can_be_chosen_for_a_stage(files):
         ("dpo", ["data.rows_per_device=3"], r"stage\.dpo\.data\.rows_per_device=3 must be a multiple of 2"),
         ("dpo", ["data.cache_folder=null"], r"stage\.dpo\.data\.cache_folder=None must be a text"),
         ("dpo", ["objective.beta=0"], r"objective\.beta=0 must be positive"),
-        ("sft", ["row_lengths=[{from_tokens: 0, row_length: 64, rows_per_device: 1}]"], "sft.row_lengths"),
+        ("sft", ["curriculum=[{from_tokens: 0, row_length: 64, rows_per_device: 1}]"], "sft.curriculum"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(files, stage, extra, message):

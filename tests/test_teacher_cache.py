@@ -172,7 +172,7 @@ def test_rows_that_changed_unseen_are_refused_when_they_come(tmp_path):
     assert cache.taught(5, row).teacher_ids.shape == (16, TOP_K)
     for name in Row._fields:
         changed = row._replace(**{name: np.roll(getattr(row, name), 1) + 1})
-        with pytest.raises(ValueError, match="row 5 holds other tokens than the teacher saw"):
+        with pytest.raises(ValueError, match="row 5 holds other tokens than the model saw"):
             cache.taught(5, changed)
     with pytest.raises(ValueError, match="ends after 8 rows"):
         cache.taught(8, row)
@@ -206,7 +206,7 @@ def test_one_flipped_bit_is_found_and_mended_by_writing_again(tmp_path, name):
 @pytest.mark.parametrize(
     "text, words",
     [
-        (None, "holds no teacher cache; write one"),
+        (None, "holds no such cache; write one"),
         ("{", "cannot be used"),
         ('{"format": 0}', "format 0, not 1"),
         ('{"format": 1}', "keys are missing"),

@@ -92,10 +92,10 @@ def check(cache: Path, tokens: Path, *overrides: str) -> str:
         (["+stage.distill.data.row_length=64"], ["data.row_length (128 there, 64 here)"]),
         (["stage.distill.objective.temperature=2"], ["temperature (1.0 there, 2.0 here)"]),
         (["stage.distill.tokens=7000"], ["holds 48 rows, the stage needs 52", "stages=[cache_teacher]"]),
-        (["stage.distill.objective.teacher_cache=/nowhere"], ["/nowhere holds no teacher cache"]),
-        (["+stage.distill.row_lengths=[{from_tokens:0,row_length:64,rows_per_device:4},"
+        (["stage.distill.objective.teacher_cache=/nowhere"], ["/nowhere holds no such cache"]),
+        (["+stage.distill.curriculum=[{from_tokens:0,row_length:64,rows_per_device:4},"
           "{from_tokens:2048,row_length:128,rows_per_device:4}]"],
-         ["stage.distill.row_lengths has 2 entries", "one length"]),
+         ["phase-0 holds no such cache", "stages=[cache_teacher]"]),
         (["stages=[cache_teacher]", "stage.cache_teacher.top_k=5000"],
          ["stage.cache_teacher.top_k=5000 is more than the teacher's 2048 ids"]),
         (["stages=[distill,cache_teacher]"], ["put cache_teacher before distill"]),

@@ -54,7 +54,7 @@ def repair_interpreter() -> None:
     def create_dot(self, a, b, d, input_precision, imprecise):
         if a.dtype.scalar == tl.bfloat16:
             a, b = (interpreter.TensorHandle(widened(x), tl.float32) for x in (a, b))
-        elif input_precision.name.upper() == "TF32":
+        elif a.dtype.scalar == tl.float32 and input_precision.name.upper() == "TF32":
             mask = np.uint32(0xFFFFE000)
             a, b = (
                 interpreter.TensorHandle((x.data.view(np.uint32) & mask).view(np.float32), tl.float32)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int8: "i8"}
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+KINDS |= {torch.int8: "i8", torch.int32: "i32"}
 # Shared memory of one program, in bytes.
 SHARED = {
     "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10,

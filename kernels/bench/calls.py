@@ -82,7 +82,7 @@ def contestants(
     Raises:
         ValueError: a backend that no operator has.
     """
-    known = {backend.name for each in dispatch.OPERATORS for backend in dispatch.backends(each)}
+    known = {backend.name for each in dispatch.RECURRENCES for backend in dispatch.backends(each)}
     unknown = [name for name in names or () if name not in known]
     if unknown:
         raise ValueError(f"backend {unknown[0]!r} is unknown; choose from {', '.join(sorted(known))}")
@@ -92,13 +92,14 @@ def contestants(
         if names is None or backend.name in names:
             run = partial(getattr(module, op), backend=backend.name)
             step = partial(getattr(module, f"{op}_step"), backend=backend.name) if backend.step else None
-            found.append(Contestant(backend.name, run, step, *_obstacle(backend, case), backend.name == FLA))
+            found.append(Contestant(backend.name, run, step, *unable(op, backend, case), backend.name == FLA))
     return found + [_peer(*entry) for entry in (peers or {}).items() if op == "wkv7"]
 
 
-def _obstacle(backend: dispatch.Backend, case: Case) -> tuple[str | None, bool]:
-    """Why a backend cannot run a case, and whether that is for want of a right build."""
-    reason = unsupported(case) or backend.supports(case)
+def unable(op: str, backend: dispatch.Backend, case: Case) -> tuple[str | None, bool]:
+    """Why a backend of an operator cannot run a case, and whether that is for want of a right build."""
+    sizes = importlib.import_module(f"kernels.{op}").HEAD_SIZES
+    reason = unsupported(case, sizes) or backend.supports(case)
     if reason is None and backend.prepare is not None:
         try:
             backend.prepare(case)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from kernels import dispatch
+from kernels.bench import sparse
 from kernels.bench.calls import Shape
 from kernels.bench.checks import RIGHT, UNABLE, UNBUILT, WRONG
 from kernels.bench.child import ROOT, Child, stop
@@ -35,7 +36,8 @@ log = logging.getLogger(__name__)
 UNITS = ((1, 16), (2, 32), (8, 32), (16, 32))  # rows, heads
 LENGTHS = (1024, 4096, 16384)
 # Seconds that a part may take at most, of those that are left; the tests get what remains.
-LIMITS = {"parity": 180.0, "peaks": 40.0, "speed": 170.0, "decode": 60.0}
+LIMITS = {"parity": 180.0, "peaks": 40.0, "speed": 150.0, "decode": 50.0, "sparse": 70.0}
+SPARSE_LENGTHS = (16384, 65536, 262144)  # tokens
 END_GRACE = 15.0  # seconds kept for writing the results
 
 
@@ -68,6 +70,7 @@ class Plan:
         operators, dtype: for the speeds and the steps.
         seconds: for one pass of one backend.
         peak_sizes: arguments of floors.measure_peaks other than the device.
+        sparse: lengths at which sparse attention is measured.
         tests: whether the tests marked gpu are run.
     """
 
@@ -76,23 +79,26 @@ class Plan:
     kinds: Sequence[Kind]
     shapes: Sequence[Shape]
     decoding: Sequence[Shape]
-    operators: Sequence[str] = dispatch.OPERATORS
+    operators: Sequence[str] = dispatch.RECURRENCES
     dtype: str = "bfloat16"
     seconds: float = 0.4
     peak_sizes: dict[str, int] = field(default_factory=dict)
+    sparse: Sequence[int] = ()
     tests: bool = True
 
 
 def default_plan(device: str) -> Plan:
     """For a GPU: every backend that has one, all kinds of call, rows times heads from 16 to 512."""
     case = Case(torch.device(device).type, torch.bfloat16, 64)
-    able = [b.name for op in dispatch.OPERATORS for b in dispatch.backends(op) if b.supports(case) is None]
+    able = [b.name for op in dispatch.RECURRENCES for b in dispatch.backends(op) if b.supports(case) is None]
     names = [name for name in dict.fromkeys(able) if name != "reference"]
     # The case that the aims are stated for comes first, then small before large.
     shapes = [Shape(rows, length, heads, 64) for length in LENGTHS for rows, heads in UNITS]
     shapes.sort(key=lambda shape: (shape != Shape(8, 4096, 32, 64), shape.elements))
     decoding = [Shape(rows, 1, heads, 64) for rows, heads in UNITS]
-    return Plan(device=device, backends=names, kinds=kinds(), shapes=shapes, decoding=decoding)
+    return Plan(
+        device=device, backends=names, kinds=kinds(), shapes=shapes, decoding=decoding, sparse=SPARSE_LENGTHS
+    )  # fmt: skip
 
 
 def check(plan: Plan, budget: Budget) -> Findings:
@@ -123,6 +129,12 @@ def check(plan: Plan, budget: Budget) -> Findings:
             rows = _run(found, folder, budget, "speed", **rest, **shared)
             found.notes += [row["skipped"] for row in rows if "skipped" in row]
             found.speed = [Row.from_flat(row) for row in rows if "skipped" not in row]
+        if plan.sparse:
+            names = sparse.able(plan.device, plan.dtype)
+            found.sparse = _run(
+                found, folder, budget, "sparse", device=plan.device, dtype=plan.dtype, backends=names,
+                lengths=list(plan.sparse), seconds=plan.seconds,
+            )  # fmt: skip
     if plan.tests:
         _tests(budget, found)
     return found

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from kernels.bench import sparse
 from kernels.bench.calls import BOTH, FORWARD, Shape
+from kernels.bench.checks import RIGHT
 from kernels.bench.decode import decode
 from kernels.bench.floors import Peaks, measure_peaks
 from kernels.bench.parity import Kind, parity
@@ -79,7 +81,28 @@ def run_decode(
             yield from decode(op, Shape(**sizes), getattr(torch, dtype), device, backends, Peaks(**peaks))
 
 
-PARTS = {"parity": run_parity, "peaks": run_peaks, "speed": run_speed, "decode": run_decode}
+def run_sparse(
+    device: str, dtype: str, backends: list[str], lengths: list[int], seconds: float
+) -> Iterator[dict]:
+    """Rows of sparse.parity, and of those that were right in all of them, of sparse.prefill and
+    sparse.decoding."""
+    right = set(backends)
+    for row in sparse.parity(device, backends, sparse.kinds((sparse.SIZE,), (dtype,))):
+        right -= {row["backend"]} if row["check"] != RIGHT else set()
+        yield row
+    names = [name for name in backends if name in right]
+    for length in lengths:
+        for measure in (sparse.prefill, sparse.decoding):
+            yield from measure(device, dtype, names, [length], seconds)
+
+
+PARTS = {
+    "parity": run_parity,
+    "peaks": run_peaks,
+    "speed": run_speed,
+    "decode": run_decode,
+    "sparse": run_sparse,
+}
 
 
 def main(arguments: list[str]) -> None:

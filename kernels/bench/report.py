@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kernels.bench.calls import BOTH, FLA, FORWARD
 from kernels.bench.checks import RIGHT, UNABLE, UNBUILT
 from kernels.bench.results import Findings
+from kernels.bench.sparse import table
 from kernels.bench.table import Row
 
 # The aims, forward + backward: times as fast as flash-linear-attention, by rows times heads; times the floor.
@@ -41,6 +42,8 @@ def report(found: Findings, picture: str | None) -> str:
     for op in dict.fromkeys(row.op for row in found.speed):
         parts += [f"### {op}", "", *_memory([r for r in found.speed if (r.op, r.what) == (op, BOTH)])]
     parts += ["## Decoding: one token of every row (µs)", "", *_decode(found.decode)]
+    if found.sparse:
+        parts += ["## Sparse attention", "", *_sparse(found.sparse)]
     if found.tests is not None:
         last = (found.tests.strip().splitlines() or ["nothing printed"])[-1]
         parts += ["## Tests marked gpu", "", _cell(last), ""]
@@ -145,6 +148,23 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     found = dict.fromkeys((row.backend, row.check, row.reason) for row in rows if row.check != RIGHT)
     lines = [f"* {name} {check}: {_cell(reason)}" for name, check, reason in found]
     return [*lines, ""] if lines else []
+
+
+def _sparse(rows: Sequence[dict]) -> list[str]:
+    """Parity in a line for each backend, what is wrong, and the times."""
+    checked = [row for row in rows if "check" in row]
+    lines = []
+    for name in dict.fromkeys(row["backend"] for row in checked):
+        mine = [row for row in checked if row["backend"] == name]
+        right = sum(row["check"] == RIGHT for row in mine)
+        lines.append(f"* {name}: {right} of {len(mine)} kinds of call right")
+    lines += [
+        f"* {row['check']}: {row['backend']}, {row['dtype']} N{row['head_size']} T{row['tokens']}: "
+        f"{_cell(row['reason'])}"
+        for row in checked
+        if row["check"] != RIGHT
+    ]
+    return [*lines, "", *table([row for row in rows if "ms" in row]), ""]
 
 
 def _decode(rows: Sequence[dict]) -> list[str]:

@@ -30,6 +30,7 @@ class Findings:
         peaks: of the device, None where they were not measured.
         speed: rows of table.Bench.
         decode: rows of decode.decode.
+        sparse: rows of sparse.parity, which have a check, and of sparse.prefill and sparse.decoding.
         notes: what was skipped, stopped or crashed, and why.
         broken: parts and backends that crashed.
         tests: the end of what pytest printed; None where it did not run.
@@ -41,6 +42,7 @@ class Findings:
     peaks: dict | None = None
     speed: list[Row] = field(default_factory=list)
     decode: list[dict] = field(default_factory=list)
+    sparse: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
     tests: str | None = None
@@ -50,6 +52,7 @@ class Findings:
         """Whether anything of ours is wrong, or could not be built where it ought to run."""
         rows = [(r["backend"], r["check"]) for r in (*self.parity, *self.decode)]
         rows += [(row.backend, row.check) for row in self.speed]
+        rows += [(row["backend"], row["check"]) for row in self.sparse if "check" in row]
         wrong = any(name != FLA and check in (WRONG, UNBUILT) for name, check in rows)
         return wrong or self.tests_failed or any(FLA not in name for name in self.broken)
 

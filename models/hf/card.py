@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from models.layer_plan import ATTENTION
+from models.layer_plan import ATTENTION, INSERTED, is_inserted, mixer_name, teacher_numbers, teacher_part
 from models.student import count_parameters
 from models.student_folder import Student, used_mixers
 
@@ -62,11 +62,13 @@ def model_card(student: Student, origin: Origin) -> str:
 
 
 def plan_in_words(plan: list[str]) -> str:
-    """`0-2 rwkv7, 3 attention`: neighbouring layers that are alike share an entry."""
+    """`0-2 rwkv7, + sparse, 3 attention`: neighbouring layers that are alike share an entry; an inserted one
+    has a `+` for a number."""
     words = []
-    for name, group in groupby(enumerate(plan), key=lambda pair: pair[1]):
-        indices = [index for index, _ in group]
-        words.append(f"{indices[0]}{f'-{indices[-1]}' if len(indices) > 1 else ''} {name}")
+    for entry, group in groupby(zip(plan, teacher_numbers(plan), strict=True), key=lambda pair: pair[0]):
+        numbers = [number for _, number in group]
+        span = f"{numbers[0]}{f'-{numbers[-1]}' if len(numbers) > 1 else ''}"
+        words.append(f"{INSERTED * len(numbers) if is_inserted(entry) else span} {mixer_name(entry)}")
     return ", ".join(words)
 
 
@@ -85,7 +87,7 @@ def _what_it_is(student: Student, origin: Origin) -> str:
     revision = f", revision {origin.revision}" if origin.revision else ""
     rows = {
         "converted from": f"{origin.teacher}{revision}" if origin.teacher else "unknown",
-        "architecture": f"{parent.model_type}, {len(student.plan)} layers of width {parent.hidden_size}",
+        "architecture": f"{parent.model_type}, {_layers(student.plan)} of width {parent.hidden_size}",
         "layer plan": plan_in_words(student.plan),
         "mixers": "; ".join(_options_in_words(n, o) for n, o in used_mixers(student).items()) or "none",
         "parameters": f"{count_parameters(student.model):,}, float32, safetensors",
@@ -98,6 +100,11 @@ def _what_it_is(student: Student, origin: Origin) -> str:
         "A Transformer language model with mixers in the place of softmax attention, in the layers that the "
         "plan names.\n\n| | |\n|---|---|\n" + table
     )
+
+
+def _layers(plan: list[str]) -> str:
+    inserted = len(plan) - len(teacher_part(plan))
+    return f"{len(plan)} layers{f', {inserted} of them inserted,' if inserted else ''}"
 
 
 def _options_in_words(name: str, options: dict[str, object]) -> str:
@@ -149,6 +156,6 @@ def _limits(student: Student) -> str:
         "The state is a summary of the text: no cache can be cropped, so assisted decoding does not work.",
         "`attn_implementation` may be sdpa or eager.",
     ]
-    if ATTENTION in student.plan:
+    if ATTENTION in map(mixer_name, student.plan):
         limits.append("The layers that kept attention have keys and values, which grow with the text.")
     return "## Limits\n\n" + "".join(f"- {limit}\n" for limit in limits)

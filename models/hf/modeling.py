@@ -22,7 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from models.backbone import soft_capped
 from models.config import StudentConfig, options_from
 from models.conversion import install_mixers
-from models.layer_plan import LayerPlan
+from models.layer_plan import LayerPlan, teacher_numbers, teacher_part
 from models.mixers.base import Mixer
 
 
@@ -30,8 +30,10 @@ class TransmuteConfig(PreTrainedConfig):
     """The parent's config and what has become of its attention layers.
 
     Args:
-        parent: config of the Transformer that was converted, with its `model_type`.
-        layer_plan: for each decoder layer the name of a mixer, or `attention`.
+        parent: config of the Transformer that was converted, with its `model_type`, and with the layers that
+            were inserted.
+        layer_plan: for each decoder layer the name of a mixer, or `attention`; with a `+` in front where the
+            layer was inserted.
         mixers: mixer name -> its options.
     """
 
@@ -161,12 +163,14 @@ class TransmuteForCausalLM(PreTrainedModel, GenerationMixin):
         """Gives mixers' tensors that no checkpoint has brought the start of a new mixer, the others the
         parent's."""
         plan = self.config.layer_plan
+        numbers, depth = teacher_numbers(plan), len(teacher_part(plan))
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         firsts = {type(mixer): mixer for mixer in reversed(mixers)}.values()
         for mixer in mixers:
             missing = [name for name, tensor in mixer.named_parameters() if not _is_loaded(tensor)]
             if missing:
-                _start_anew(mixer, missing, layer_count=len(plan), first=any(mixer is m for m in firsts))
+                place = {"layer_index": numbers[mixer.layer_index], "layer_count": depth}
+                _start_anew(mixer, missing, **place, first=any(mixer is m for m in firsts))
         super().initialize_weights()
 
 
@@ -174,12 +178,10 @@ def _is_loaded(tensor: nn.Parameter) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
-def _start_anew(mixer: Mixer, names: list[str], *, layer_count: int, first: bool) -> None:
-    """Sets the named tensors to those of a new mixer, and marks them, so that no general rule overwrites
-    them."""
-    fresh = type(mixer)(
-        mixer.shape, mixer.options, layer_index=mixer.layer_index, layer_count=layer_count, first=first
-    )
+def _start_anew(mixer: Mixer, names: list[str], **place: Any) -> None:
+    """Sets the named tensors to those of a new mixer in a `place` (layer_index, layer_count, first), and
+    marks them, so that no general rule overwrites them."""
+    fresh = type(mixer)(mixer.shape, mixer.options, **place)
     for name in names:
         tensor = mixer.get_parameter(name)
         tensor.copy_(fresh.get_parameter(name))

@@ -111,5 +111,13 @@ class Mixer(nn.Module):
         """Mixes along the row: [B,T,D] -> [B,T,D]; arguments as in `forward`."""
         raise NotImplementedError
 
+    def drawn(self) -> None:
+        """Called when the projections have been drawn at random: what else belongs to such a start."""
+
+    @property
+    def operator_heads(self) -> tuple[int, int]:
+        """How many heads its operator is given for each row, and their size."""
+        raise NotImplementedError
+
     def become_first(self) -> None:
         """Drops what only a later mixer has, because the mixers before it have gone."""

@@ -17,7 +17,7 @@ from kernels.case import HEAD_SIZES
 from models.backbone import SequenceContext
 from models.mixers.base import AttentionShape, Mixer
 from models.mixers.low_rank import rounded_rank
-from models.mixers.operator_call import run_operator
+from models.mixers.operator_call import operator_size, run_operator
 from models.mixers.token_shift import last_token
 from models.sequence_state import RecurrentCacheLayer, recurrent_layer
 
@@ -71,11 +71,15 @@ class HeadMixer(Mixer):
             receptance = self.receptance_norm(receptance)
         if self.key_norm is not None:
             key = self.key_norm(key)
-        if self.options.rope and self.shape.rotated and position_embeddings is not None:
+        if self.rotates(position_embeddings):
             kind = self.shape.rotation
             receptance = rotate(receptance, position_embeddings, kind)
             key = rotate(key, position_embeddings, kind)
         return receptance * self.read_scale, key, value
+
+    def rotates(self, position_embeddings: tuple[Tensor, Tensor] | None) -> bool:
+        """Whether queries and keys are rotated."""
+        return self.options.rope and self.shape.rotated and position_embeddings is not None
 
     @property
     def read_scale(self) -> float:
@@ -128,6 +132,11 @@ class RecurrentMixer(HeadMixer):
     def state_count(self) -> int:
         """States of the layer, for each row."""
         return self.shape.heads * self.shape.head_size // self.state_size
+
+    @property
+    def operator_heads(self) -> tuple[int, int]:
+        """As `Mixer.operator_heads`."""
+        return self.state_count, operator_size(self.state_size)
 
     def by_state(self, flat: Tensor) -> Tensor:
         """[B,T,H·N] -> [B,T,H,N]."""

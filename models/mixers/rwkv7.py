@@ -135,6 +135,11 @@ class RWKV7Mixer(RecurrentMixer):
         """Drops the value residual: this layer's value is now the first."""
         self.residual = None
 
+    def drawn(self) -> None:
+        """A token shift begins with as much of the token before as of the token itself."""
+        if self.shift_mix is not None:
+            self.shift_mix.fill_(0.5)
+
     def mix(
         self,
         hidden: Tensor,

@@ -1,61 +1,154 @@
-"""Sparse softmax attention over chosen chunks of the past, as RWKV-X has it (arXiv 2504.21463).
+"""Sparse softmax attention over chosen blocks of the past: RWKV-X's choice (arXiv 2504.21463), and a learned
+one (as in arXiv 2502.11089 and 2512.02556, over blocks).
 
-Shape letters: B rows, S tokens read so far, T tokens of a call, Q queries of a block, D hidden width,
-H heads, G key/value heads, N head size, M chunks of a row.
+Shape letters: B rows, T tokens of a call, D hidden width, H heads, G key/value heads, N head size, M blocks
+of C tokens, J lists of a token, K entries of a list, F index heads, W index width.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
-from kernels.arguments import without_autocast
+from kernels.sparse_attention import sparse_attention
 from models.backbone import SequenceContext
-from models.mixers.base import AttentionShape, wide
-from models.mixers.heads import HeadMixer
-from models.mixers.softmax import QUERY_BLOCK, in_query_blocks
-from models.sequence_state import ChunkedTokens, TokenCacheLayer, token_layer
+from models.block_pool import KEPT, BlockPool, Blocks, block_pool, places_needed
+from models.mixers.base import AttentionShape
+from models.mixers.block_choice import Choice, Sight, choose, index_loss, some_tokens
+from models.mixers.heads import HeadMixer, check_choice, rotate
+from models.mixers.token_shift import last_token, previous_token
+from models.sequence_state import Places, read_places
+
+SELECTORS = ("gated", "published")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseAttentionOptions:
-    """What a token may see; the defaults are those of RWKV-X.
+    """What a token may see: its own block up to itself, and of the complete blocks before it the first
+    `sinks`, those that cover the last `window` tokens, and the best `top_k` others.
 
     Args:
-        chunk_length: C, tokens of one document in a chunk.
-        top_k: chunks that a token sees, its own among them; 1 is the own chunk alone.
-        rope: rotate queries and keys as the teacher does; RWKV-X has no positions here.
+        selector: who says which are best. `gated`: an index of its own, learned from attention itself, for
+            the heads of a key/value head together. `published`: the product of query and mean key, for each
+            head, as in RWKV-X; then sinks=0, window=1, block_length=2048 and top_k=2 are its published
+            setting.
+        block_length: C, tokens of one document.
+        sinks: blocks.
+        window: tokens, the token itself among them.
+        top_k: blocks.
+        pool_blocks: blocks that the decoding memory holds; made once, it never grows.
+        index_width: W of `gated`.
+        index_part: tokens whose mean is one index key of `gated`; divides block_length. 1 looks at each
+            token.
+        index_tried: blocks drawn at random that the index also learns about, while it trains sparsely.
+        rope: rotate queries and keys as the teacher does; without, any length is alike.
+        key_shift: mix what keys read with the token before, by a share of each channel that starts at this
+            and is learned; None does not. With it, one layer finds what followed a token that it sees again.
+        qk_norm: scale queries and keys to unit mean square, with a learned factor for each head.
+        backend: of the operator `sparse_attention`.
     """
 
-    chunk_length: int = 2048
-    top_k: int = 3
+    selector: str = "gated"
+    block_length: int = 64
+    sinks: int = 1
+    window: int = 512
+    top_k: int = 32
+    pool_blocks: int = 512
+    index_width: int = 64
+    index_part: int = 1
+    index_tried: int = 8
     rope: bool = False
+    key_shift: float | None = None
+    qk_norm: bool = False
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("chunk_length", "top_k"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"student.mixers.sparse.{key}={getattr(self, key)} must be at least 1.")
+        key = "student.mixers.sparse"
+        check_choice(f"{key}.selector", self.selector, SELECTORS)
+        least = {"block_length": 1, "sinks": 0, "window": 1, "top_k": 0, "index_width": 1, "index_part": 1}
+        for name, value in (least | {"index_tried": 0}).items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{key}.{name}={getattr(self, name)} must be at least {value}.")
+        if self.pool_blocks < self.kept + 3:
+            raise ValueError(
+                f"{key}.pool_blocks={self.pool_blocks} must be at least {self.kept + 3}, so that the newest "
+                f"{self.kept} blocks stay (window={self.window}, block_length={self.block_length})."
+            )
+        if self.key_shift is not None and not 0 <= self.key_shift <= 1:
+            raise ValueError(f"{key}.key_shift={self.key_shift} must lie between 0 and 1, or be null.")
+        if self.block_length % self.index_part:
+            raise ValueError(
+                f"{key}.index_part={self.index_part} must divide {key}.block_length={self.block_length}."
+            )
+
+    @property
+    def near(self) -> int:
+        """Blocks before the own that are always seen."""
+        return -(-(self.window - 1) // self.block_length)
+
+    @property
+    def kept(self) -> int:
+        """Newest blocks that are never evicted."""
+        return max(KEPT, self.near + 1)
+
+    @property
+    def parts(self) -> int:
+        """Index keys of a block."""
+        return self.block_length // self.index_part if self.selector == "gated" else 1
+
+
+class GatedIndex(nn.Module):
+    """Index vectors of a choice that is learned: a query for each key/value head, one key for all of them.
+    What it reads gets no gradient from it.
+
+    Args:
+        width: D.
+        lists: J.
+        size: W.
+    """
+
+    def __init__(self, width: int, lists: int, size: int):
+        super().__init__()
+        self.query = nn.Linear(width, lists * size, bias=False)
+        self.key = nn.Linear(width, size, bias=False)
+        self.query_norm, self.key_norm = (nn.Parameter(torch.ones(size)) for _ in range(2))
+        with torch.no_grad():  # what is alike chooses each other
+            self.key.weight.copy_(self.query.weight[:size])
+        self.size = size
+
+    def forward(self, hidden: Tensor, of_keys: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries and keys read, [B,T,D] -> queries [B,T,J,W], scaled, and keys [B,T,1,W]."""
+        query = self.query(hidden.detach()).unflatten(-1, (-1, self.size))
+        query = F.rms_norm(query, (self.size,), self.query_norm)
+        key = F.rms_norm(self.key(of_keys.detach()), (self.size,), self.key_norm)
+        return query * self.size**-0.5, key[..., None, :]
 
 
 class SparseAttentionMixer(HeadMixer):
-    """The teacher's attention, except that each token and head sees only a few chunks of its document: the
-    token's own chunk up to the token, and the top_k - 1 complete earlier chunks of largest q · mean(keys).
+    """The teacher's attention, except that each token sees only some blocks of its document. While a document
+    has no more blocks than a token sees, this is causal attention.
 
-    One exact softmax runs over all that is visible; no gradient runs through the choice. While a document has
-    at most top_k chunks this is causal attention. The receptance is the query. Masks are dense but exist for
-    one block of queries at a time, so memory is linear in T and time is not; the decoding cache keeps all
-    keys and values and grows with the text.
+    One exact softmax runs over all that is visible; no gradient runs through the choice. Training, prefill
+    and
+    decoding are one function: keys and values always lie in a pool of blocks (models/block_pool.py). That of
+        a
+    row in training has a place for every block; that of a cache has `pool_blocks` and evicts whole blocks.
 
     Args:
         shape: head counts, biases and norms of the attention that it replaces.
         options: what is visible.
         layer_index: of the decoder layer, from 0.
         layer_count, first: make no difference here.
+
+    Attributes:
+        dense: whether every block is seen (while the index is preheated).
+        index: the learned choice, or None.
     """
 
     name = "sparse"
+    operator = "sparse_attention"
     options_class = SparseAttentionOptions
     head_sizes = range(1, 1025)
 
@@ -69,6 +162,22 @@ class SparseAttentionMixer(HeadMixer):
         first: bool,
     ):
         super().__init__(shape, options, layer_index)
+        self.dense = False
+        gated = options.selector == "gated"
+        self.index = GatedIndex(shape.hidden_size, shape.kv_heads, options.index_width) if gated else None
+        shifts = options.key_shift is not None
+        self.shift_mix = nn.Parameter(torch.full((shape.hidden_size,), options.key_shift)) if shifts else None
+        self.sharpness = nn.Parameter(torch.ones(shape.heads, 1)) if options.qk_norm else None
+
+    def drawn(self) -> None:
+        """Keys begin like the queries of their first head: what is alike attends to each other."""
+        like = self.receptance.weight.unflatten(0, (self.kv_heads, -1, self.shape.head_size))[:, 0]
+        self.key.weight.copy_(like.flatten(0, 1))
+
+    @property
+    def operator_heads(self) -> tuple[int, int]:
+        """As `Mixer.operator_heads`."""
+        return self.shape.heads, self.shape.head_size
 
     def mix(
         self,
@@ -78,61 +187,81 @@ class SparseAttentionMixer(HeadMixer):
         context: SequenceContext,
     ) -> Tensor:
         """As `Mixer.mix`."""
-        inputs = dict.fromkeys("rkv", hidden)
-        query, key, value = self.project_heads(inputs, positions)
-        memory = TokenCacheLayer()
+        pool = BlockPool(self.options.kept)
         if cache is not None:
-            memory = token_layer(cache, self.layer_index)
-            memory.begin(context.continues)
-        text = memory.advance(key, value, context.document_ids, self.options.chunk_length)
-        return self.output(self._attend(query, text).flatten(2))
+            pool = block_pool(cache, self.layer_index, self.options.kept)
+            pool.begin(context.continues)
+        of_keys = self._shifted(hidden, pool, context)
+        query, key, value = self.project_heads({"r": hidden, "k": of_keys, "v": hidden}, positions)
+        if self.sharpness is not None:
+            query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
+            query = query * (self.sharpness * self.read_scale)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        asks, index_keys = (query, key) if self.index is None else self.index(hidden, of_keys)
+        if self.index is not None and self.rotates(positions) and positions[0].shape[-1] <= asks.shape[-1]:
+            asks, index_keys = (rotate(x, positions, self.shape.rotation) for x in (asks, index_keys))
+        places = self._places(pool, key, value, index_keys, context, whole=cache is None)
+        losses = None if self.index is None else context.index_losses
+        outputs = []
+        for start, stop in [(0, hidden.shape[1])] if cache is None else pool.rounds(places):
+            part = slice(start, stop)
+            now = Places(places.documents[:, part], places.positions[:, part], places.seen)
+            blocks = pool.advance(key[:, part], value[:, part], index_keys[:, part], now)
+            choice = self._choice(asks[:, part], blocks, now, scored=losses is not None)
+            mixed, share = self._attend(query[:, part], blocks, choice, now)
+            if cache is not None:
+                pool.attend(choice.listed, share, now.documents >= 0)
+            if losses is not None:
+                losses.append(index_loss(asks[:, part], blocks, choice, share, now.positions))
+            outputs.append(mixed)
+        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return self.output(mixed.flatten(2))
 
-    def _attend(self, query: Tensor, text: ChunkedTokens) -> Tensor:
-        """[B,T,H,N] scaled queries of the last T tokens -> [B,T,H,N], a block of queries at a time."""
-        length, means = query.shape[1], self._chunk_means(text)
+    def _shifted(self, hidden: Tensor, pool: BlockPool, context: SequenceContext) -> Tensor:
+        """What keys read, [B,T,D]; the pool remembers the last token."""
+        if self.shift_mix is None:
+            return hidden
+        before = previous_token(hidden, context.document_ids, pool.last_hidden)
+        pool.last_hidden = last_token(hidden, context.document_ids, pool.last_hidden)
+        return hidden + (before - hidden) * self.shift_mix
 
-        def block(start: int, stop: int) -> Tensor:
-            end = text.keys.shape[1] - length + stop  # no query of the block sees further
-            seen = ChunkedTokens(*(x[:, :end] for x in text[:3]), *(x[:, start:stop] for x in text[3:]))
-            return self._attend_block(query[:, start:stop], seen, means)
+    def _places(
+        self,
+        pool: BlockPool,
+        key: Tensor,
+        value: Tensor,
+        index: Tensor,
+        context: SequenceContext,
+        whole: bool,
+    ) -> Places:
+        """Where the call's tokens stand; makes the pool, for these tokens alone if they are `whole` rows."""
+        options, ids, (rows, tokens) = self.options, context.document_ids, key.shape[:2]
+        count = options.pool_blocks + 1
+        if whole:
+            places = read_places(torch.zeros(rows, dtype=torch.int64, device=key.device), ids, tokens)
+            count = places_needed(places, tokens, options.block_length, single=ids is None)
+        pool.make(key, value, index, count, options.block_length, options.parts)
+        return pool.numbered(places if whole else read_places(pool.counts[:, 0], ids, tokens))
 
-        return in_query_blocks(block, length, QUERY_BLOCK)
+    def _choice(self, asks: Tensor, blocks: Blocks, places: Places, scored: bool) -> Choice:
+        """The blocks of all tokens, some tokens at a time."""
+        options = self.options
+        best = None if self.dense else options.top_k
+        tried = options.index_tried if scored else 0
+        sight = Sight(options.sinks, options.near, best, tried)
+        found = [
+            choose(asks[:, part], blocks, places.documents[:, part], places.positions[:, part], sight, scored)
+            for part in some_tokens(asks, blocks.index)
+        ]
+        if len(found) == 1:
+            return found[0]
+        parts = zip(*found, strict=True)
+        return Choice(*(None if part[0] is None else torch.cat(part, dim=1) for part in parts))
 
-    def _attend_block(self, query: Tensor, text: ChunkedTokens, means: Tensor) -> Tensor:
-        """[B,Q,H,N] of the last Q tokens of `text` -> [B,Q,H,N]."""
-        keys, values = (self.repeat_kv(x).transpose(1, 2) for x in (text.keys, text.values))
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, attn_mask=self._visible(query, text, means), scale=1.0
+    def _attend(self, query: Tensor, blocks: Blocks, choice: Choice, places: Places) -> tuple[Tensor, Tensor]:
+        """[B,T,H,N] -> [B,T,H,N], and the share of each listed block [B,T,J,K]."""
+        at = torch.where(places.documents >= 0, places.positions, -1).int()
+        listed, starts = choice.listed.contiguous(), blocks.starts.contiguous()
+        return sparse_attention(
+            query, blocks.keys, blocks.values, listed, starts, at, backend=self.options.backend
         )
-        return mixed.transpose(1, 2)
-
-    @torch.no_grad()
-    def _visible(self, query: Tensor, text: ChunkedTokens, means: Tensor) -> Tensor:
-        """[B,H,Q,S] bool: what each query and head sees. A padded query sees padding, so that no softmax is
-        empty."""
-        count, own = query.shape[1], text.chunks[:, -query.shape[1] :, None]
-        place = torch.arange(text.chunks.shape[1], device=query.device)
-        near = (text.chunks[:, None] == own) & (place <= place[-count:, None])
-        chunks = torch.arange(means.shape[1], device=query.device)
-        candidates = (chunks >= text.first_chunks[..., None]) & (chunks < own)
-        chosen = self._choose(query, means, candidates)
-        far = chosen.gather(-1, text.chunks.clamp(min=0)[:, None, None].expand(*chosen.shape[:3], -1))
-        return near[:, None] | (far & (text.chunks >= 0)[:, None, None])
-
-    def _choose(self, query: Tensor, means: Tensor, candidates: Tensor) -> Tensor:
-        """[B,H,Q,M] bool, the best top_k - 1 of the candidates [B,Q,M] for each query and head, by scores in
-        float32."""
-        with without_autocast(query.device.type):
-            scores = wide(query).transpose(1, 2) @ means.permute(0, 2, 3, 1)
-        scores = scores.masked_fill(~candidates[:, None], -torch.inf)
-        best = scores.topk(min(self.options.top_k - 1, scores.shape[-1]), dim=-1)
-        return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best.indices, best.values > -torch.inf)
-
-    @torch.no_grad()
-    def _chunk_means(self, text: ChunkedTokens) -> Tensor:
-        """[B,M,H,N] float32 mean key of each complete chunk; other chunks are never asked."""
-        count = max(int(text.chunks.max()) + 1, 1)
-        keys = wide(text.keys)
-        place = text.chunks.clamp(min=0)[..., None, None].expand_as(keys)  # padding's keys are 0
-        sums = keys.new_zeros(keys.shape[0], count, *keys.shape[2:]).scatter_add(1, place, keys)
-        return self.repeat_kv(sums / self.options.chunk_length)
