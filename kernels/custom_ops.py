@@ -131,8 +131,8 @@ def register(
     def saved(tensors: dict[str, Tensor | None], keep: bool) -> Tensor:
         if keep and signature.saved:
             return signature.saved.make(tensors)
-        like = tensors[signature.saved.like if signature.saved else signature.inputs[0]]
-        return like.new_empty(0, dtype=signature.saved.dtype if signature.saved else None)
+        like = tensors[signature.inputs[0]]
+        return allocate((0,), like.dtype, like.device)
 
     def packed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         return [None if x is None else x.contiguous() for x in tensors]

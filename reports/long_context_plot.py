@@ -8,6 +8,8 @@ from reports.plots import COLOURS, DASHES, TEACHER_COLOUR, _figure, _save
 
 MARKERS = ("o", "^", "D", "v", "P", "X")
 
+Recall = dict[tuple[int, int], list[float]]  # (row length, pairs) -> the share of right values for each seed
+
 
 def loss_by_bucket(
     path: str | Path,
@@ -70,3 +72,30 @@ def _doubling(axes, values: Sequence[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(values), [f"{value:,}" for value in values], rotation=30 if len(values) > 8 else 0)
     axes.set_xticks([], minor=True)
+
+
+def recall_of_models(path: str | Path, *, models: Mapping[str, Recall], trained: int) -> Path:
+    """Draws recall over the number of pairs, a panel for each row length and a line for each model: the mean
+    over seeds, and between the lowest and the highest a band.
+
+    Args:
+        path: the PNG to write.
+        models: name -> (row length, pairs) -> a share for each seed, in [0, 1].
+        trained: largest number of pairs that training has shown.
+    """
+    lengths = sorted({length for found in models.values() for length, _ in found})
+    size = {"columns": len(lengths), "width": 1.5 + 4.0 * len(lengths)}
+    figure, panels = _figure("", "pairs in the row", "right values (share)", **size)
+    for axes, length in zip([panels] if len(lengths) == 1 else panels, lengths, strict=True):
+        for (name, found), colour in zip(models.items(), COLOURS, strict=False):
+            points = sorted((pairs, shares) for (tokens, pairs), shares in found.items() if tokens == length)
+            pairs = [pairs for pairs, _ in points]
+            means = [sum(shares) / len(shares) for _, shares in points]
+            axes.plot(pairs, means, color=colour, marker="o", label=name)
+            lowest, highest = ([pick(shares) for _, shares in points] for pick in (min, max))
+            axes.fill_between(pairs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+        axes.axvline(trained, color=TEACHER_COLOUR, linestyle=":", label=f"trained to {trained} pairs")
+        axes.set(title=f"rows of {length:,} tokens", ylim=(-0.03, 1.03))
+        _doubling(axes, sorted({pairs for found in models.values() for _, pairs in found}))
+        axes.legend(loc="lower left", frameon=False)
+    return _save(figure, path)

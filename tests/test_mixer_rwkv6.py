@@ -293,8 +293,8 @@ RUN = OmegaConf.create(
 def test_a_run_names_the_operators_that_its_student_uses():
     plans = {
         "wkv6": ["rwkv6"] * 3,
-        "wkv6 wkv7": ["rwkv7", "rwkv6", "sparse"],
-        "": ["sparse", "attention", "attention"],
+        "sparse_attention wkv6 wkv7": ["rwkv7", "rwkv6", "sparse"],
+        "sparse_attention": ["sparse", "attention", "attention"],
     }
     for wanted, plan in plans.items():
         config = StudentConfig(layer_plan=LayerPlan(layers=plan))
