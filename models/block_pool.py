@@ -17,6 +17,7 @@ from models.sequence_state import MixerCacheLayer, Places, own_layer, writable
 
 EMPTY = 1 << 30  # where a block starts that is not there: behind every token
 KEPT = 8  # newest blocks that are never evicted
+FIRST = 1  # blocks of a document that are never evicted
 HALF_LIVES = 8  # that a pool's tokens live through until all of them have been replaced
 
 
@@ -43,14 +44,14 @@ class BlockPool(MixerCacheLayer):
 
     A block is filled token by token. When all places are taken, the one block of the current document goes to
     which least attention has been paid, older attention counting less; blocks of documents that have ended go
-    first, the document's first block and its newest never.
+    first, the document's first blocks and its newest never.
 
     Attributes:
         keys, values, index, starts, documents: as in `Blocks`.
         attention: [B,M] float32, decayed sum of the shares of attention that a block has received.
         counts: [B,3] int64: tokens of the current document, its number, the place that is being filled.
         last_hidden: [B,D] the last token's mixer input, for token shift, or None.
-        kept: newest blocks that are never evicted.
+        kept, first: how many newest and first blocks are never evicted.
     """
 
     tensors = ("keys", "values", "index", "starts", "documents", "attention", "counts", "last_hidden")
@@ -63,9 +64,9 @@ class BlockPool(MixerCacheLayer):
     counts: Tensor | None
     last_hidden: Tensor | None
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int = KEPT, first: int = FIRST) -> None:
         super().__init__()
-        self.kept = max(kept, KEPT)
+        self.kept, self.first = kept, first
 
     @property
     def blocks(self) -> Blocks:
@@ -113,7 +114,7 @@ class BlockPool(MixerCacheLayer):
         opens = real & (places.positions % length == 0)
         number = opens.long().cumsum(1)
         opened = number[:, -1:]
-        most = 1 if keys.shape[1] == 1 else int(opened.max())
+        most = min(keys.shape[1], bin_)  # a bound that needs no look at the device
         new = self._least_wanted(most)
         new = torch.where(torch.arange(most, device=new.device) < opened, new, bin_)
         table = torch.cat([self.counts[:, 2:], new], dim=1)
@@ -142,7 +143,7 @@ class BlockPool(MixerCacheLayer):
         if tokens == 1:
             return [(0, 1)]
         free = int((self.documents < 0).sum(1).min()) - 1
-        step = min(KEPT, self.keys.shape[1] - 2 - self.kept)
+        step = min(KEPT, self.keys.shape[1] - 1 - self.kept - self.first)
         opens = (places.documents >= 0) & (places.positions % self.keys.shape[2] == 0)
         opened = opens.any(0).long().cumsum(0).tolist()
         found, start = [], 0
@@ -173,12 +174,11 @@ class BlockPool(MixerCacheLayer):
 
     def _least_wanted(self, count: int) -> Tensor:
         """[B,count] places to be filled next: empty ones, then ended documents, then by attention."""
-        seen, document, _ = self.counts.unbind(1)
-        newest = (seen[:, None] - 1) // self.keys.shape[2]
         number = self.starts // self.keys.shape[2]
-        current = self.documents == document[:, None]
+        current = (self.documents == self.counts[:, 1:2]) & (self.documents >= 0)
+        newest = torch.where(current, number, -1).amax(1, keepdim=True)
         wanted = torch.where(current, self.attention, -1.0).masked_fill(self.documents < 0, -2.0)
-        needed = current & ((number == 0) | (number > newest - self.kept))
+        needed = current & ((number < self.first) | (number > newest - self.kept))
         wanted = wanted.masked_fill(needed, torch.inf)
         wanted[:, -1] = torch.inf
         if count == 1:
@@ -218,9 +218,9 @@ class BlockPool(MixerCacheLayer):
         return held.index_put_((rows, *place), fresh, accumulate)
 
 
-def block_pool(cache: Cache, index: int, kept: int) -> BlockPool:
+def block_pool(cache: Cache, index: int, kept: int, first: int) -> BlockPool:
     """The pool at a place of a cache; whatever stands there unused is replaced at first use."""
-    return own_layer(cache, index, BlockPool, kept)
+    return own_layer(cache, index, BlockPool, kept, first)
 
 
 def places_needed(places: Places, tokens: int, length: int, single: bool) -> int:

@@ -21,12 +21,12 @@ PRODUCTS = 1 << 24  # of index vectors that exist at one time
 
 @dataclass(frozen=True)
 class Sight:
-    """What a token sees of its document: its own block up to itself, and of the blocks before
+    """What a token sees of its document beside its own block up to itself.
 
     Args:
-        sinks: the first so many.
+        sinks: the first so many blocks.
         near: the last so many before its own.
-        best: so many of the others, those of highest score; None sees them all.
+        best: so many of the other complete ones, those of highest score; None sees them all.
         tried: so many more, drawn at random, whose share of attention is measured without being attended to.
     """
 
@@ -134,8 +134,8 @@ def _named(listed: Tensor) -> Tensor:
 
 def index_loss(asks: Tensor, blocks: Blocks, choice: Choice, share: Tensor, positions: Tensor) -> Tensor:
     """How far the index is from attention: KL(true share of each complete block ‖ softmax of the scores),
-    over
-    the complete blocks that are listed: the mean over queries and lists with more than one of them, in nats.
+    over the complete blocks that are listed; the mean over queries and lists with more than one of them, in
+    nats.
 
     Its gradient is the difference of the two distributions. It reaches the index alone.
 

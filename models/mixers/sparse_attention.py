@@ -14,7 +14,7 @@ from transformers import Cache
 
 from kernels.sparse_attention import sparse_attention
 from models.backbone import SequenceContext
-from models.block_pool import KEPT, BlockPool, Blocks, block_pool, places_needed
+from models.block_pool import FIRST, KEPT, BlockPool, Blocks, block_pool, places_needed
 from models.mixers.base import AttentionShape
 from models.mixers.block_choice import Choice, Sight, choose, index_loss, some_tokens
 from models.mixers.heads import HeadMixer, check_choice, rotate
@@ -43,7 +43,8 @@ class SparseAttentionOptions:
         index_part: tokens whose mean is one index key of `gated`; divides block_length. 1 looks at each
             token.
         index_tried: blocks drawn at random that the index also learns about, while it trains sparsely.
-        rope: rotate queries and keys as the teacher does; without, any length is alike.
+        rope: rotate queries and keys as the teacher does, and index vectors that are wide enough for it;
+            without, any length is alike.
         key_shift: mix what keys read with the token before, by a share of each channel that starts at this
             and is learned; None does not. With it, one layer finds what followed a token that it sees again.
         qk_norm: scale queries and keys to unit mean square, with a learned factor for each head.
@@ -71,10 +72,12 @@ class SparseAttentionOptions:
         for name, value in (least | {"index_tried": 0}).items():
             if getattr(self, name) < value:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must be at least {value}.")
-        if self.pool_blocks < self.kept + 3:
+        fewest = self.first + self.kept + 1
+        if self.pool_blocks < fewest:
             raise ValueError(
-                f"{key}.pool_blocks={self.pool_blocks} must be at least {self.kept + 3}, so that the newest "
-                f"{self.kept} blocks stay (window={self.window}, block_length={self.block_length})."
+                f"{key}.pool_blocks={self.pool_blocks} must be at least {fewest}: the first {self.first} and "
+                f"the newest {self.kept} blocks stay (sinks={self.sinks}, window={self.window}, block_length="
+                f"{self.block_length})."
             )
         if self.key_shift is not None and not 0 <= self.key_shift <= 1:
             raise ValueError(f"{key}.key_shift={self.key_shift} must lie between 0 and 1, or be null.")
@@ -92,6 +95,11 @@ class SparseAttentionOptions:
     def kept(self) -> int:
         """Newest blocks that are never evicted."""
         return max(KEPT, self.near + 1)
+
+    @property
+    def first(self) -> int:
+        """First blocks that are never evicted."""
+        return max(FIRST, self.sinks)
 
     @property
     def parts(self) -> int:
@@ -131,10 +139,9 @@ class SparseAttentionMixer(HeadMixer):
     has no more blocks than a token sees, this is causal attention.
 
     One exact softmax runs over all that is visible; no gradient runs through the choice. Training, prefill
-    and
-    decoding are one function: keys and values always lie in a pool of blocks (models/block_pool.py). That of
-        a
-    row in training has a place for every block; that of a cache has `pool_blocks` and evicts whole blocks.
+    and decoding are one function: keys and values always lie in a pool of blocks (models/block_pool.py). That
+    of a row in training has a place for every block; that of a cache has `pool_blocks` and evicts whole
+    blocks.
 
     Args:
         shape: head counts, biases and norms of the attention that it replaces.
@@ -187,9 +194,9 @@ class SparseAttentionMixer(HeadMixer):
         context: SequenceContext,
     ) -> Tensor:
         """As `Mixer.mix`."""
-        pool = BlockPool(self.options.kept)
+        pool = BlockPool()
         if cache is not None:
-            pool = block_pool(cache, self.layer_index, self.options.kept)
+            pool = block_pool(cache, self.layer_index, self.options.kept, self.options.first)
             pool.begin(context.continues)
         of_keys = self._shifted(hidden, pool, context)
         query, key, value = self.project_heads({"r": hidden, "k": of_keys, "v": hidden}, positions)
