@@ -13,7 +13,7 @@ from kernels import jit_build
 from kernels.case import Case
 
 FOLDER = Path(__file__).parent
-TAKEN = (torch.float32, torch.int32, torch.int8)
+TAKEN = (torch.float32, torch.int64, torch.int32, torch.int8)
 OUT_OF_MEMORY, UNKNOWN_HEAD_SIZE = 1, 2  # as in native.h
 
 
@@ -47,7 +47,7 @@ def call(operator: str, entry: str, sizes: Sequence[int], tensors: Sequence[Tens
     Args:
         operator, entry: such as "wkv7" and "forward".
         sizes: (B, T, H, N), and what else the entry asks for.
-        tensors: contiguous, float32, int32 or (codes) int8, in the order of the entry's arguments.
+        tensors: contiguous, float32, int64, int32 or (codes) int8, in the order of the entry's arguments.
 
     Raises:
         BuildError: the library cannot be built.
@@ -56,7 +56,7 @@ def call(operator: str, entry: str, sizes: Sequence[int], tensors: Sequence[Tens
     """
     for x in tensors:
         if x is not None and x.dtype not in TAKEN:
-            raise ValueError(f"the C++ {operator} takes float32, int32 and int8 tensors, got {x.dtype}")
+            raise ValueError(f"the C++ {operator} takes float32 and integer tensors, got {x.dtype}")
     numbers = [ctypes.c_int64(size) for size in (*sizes, torch.get_num_threads())]
     addresses = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
     status = getattr(library(operator), f"{operator}_{entry}")(*numbers, *addresses)

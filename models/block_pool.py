@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from kernels.sparse_attention import PoolTensors
 from models.sequence_state import MixerCacheLayer, Places, own_layer, writable
 
 EMPTY = 1 << 30  # where a block starts that is not there: behind every token
@@ -72,6 +73,11 @@ class BlockPool(MixerCacheLayer):
     def blocks(self) -> Blocks:
         """What it holds."""
         return Blocks(self.keys, self.values, self.index, self.starts, self.documents)
+
+    @property
+    def held(self) -> PoolTensors:
+        """The tensors that one token of each row changes."""
+        return PoolTensors(*self.blocks, self.attention, self.counts)
 
     def make(self, keys: Tensor, values: Tensor, index: Tensor, places: int, length: int, parts: int) -> None:
         """Makes the places at first use.

@@ -31,6 +31,11 @@ class DecodingSuite:
         contexts: tokens in the cache, ascending.
         tokens: tokens timed at each; the median counts.
         threads: of torch.
+        with_teacher: whether the teacher is timed too.
+        against: the student whose time at the same context the others' is divided by, or None.
+
+    Raises:
+        ValueError: `against` names no student.
     """
 
     teacher: str
@@ -38,6 +43,14 @@ class DecodingSuite:
     contexts: Sequence[int]
     tokens: int
     threads: int
+    with_teacher: bool = True
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.against is not None and self.against not in self.students:
+            raise ValueError(
+                f"suite.against={self.against!r} is none of suite.students: {', '.join(self.students)}."
+            )
 
     def run(self, folder: Path, seed: int) -> None:
         """Prints the table and writes decoding.csv and decoding.png."""
@@ -45,7 +58,7 @@ class DecodingSuite:
         torch.set_num_threads(self.threads)
         torch.manual_seed(seed)
         teacher = load_model(model_folder(self.teacher))
-        models = {"teacher": teacher}
+        models = {"teacher": teacher} if self.with_teacher else {}
         models |= {name: _student(teacher, plan) for name, plan in self.students.items()}
         cost = decoding_cost(models, list(self.contexts), self.tokens)
         rows = [
@@ -55,6 +68,9 @@ class DecodingSuite:
                 "seconds_per_token": found["seconds_per_token"][index],
                 "from_median": found["seconds_per_token"][index]
                 / statistics.median(found["seconds_per_token"]),
+                "against": found["seconds_per_token"][index] / cost[self.against]["seconds_per_token"][index]
+                if self.against
+                else None,
                 "cache_bytes_per_row": found["state_bytes"][index],
             }
             for name, found in cost.items()
@@ -65,7 +81,7 @@ class DecodingSuite:
             writer.writeheader()
             writer.writerows(rows)
         draw_decoding_cost(folder / "decoding.png", context_lengths=list(self.contexts), models=cost)
-        _show(rows)
+        _show(rows, self.against)
         Console().print(f"written to {folder}")
 
 
@@ -75,17 +91,17 @@ def _student(teacher: PreTrainedModel, plan: LayerPlan) -> PreTrainedModel:
     return build_student(teacher, StudentConfig(layer_plan=plan), names)[0].eval()
 
 
-def _show(rows: list[dict]) -> None:
+def _show(rows: list[dict], against: str | None) -> None:
     table = Table("model", title="Decoding, one row: cost of one more token")
-    headings = ("context\n(tokens)", "time per token\n(ms)", "against the\nmodel's median", "cache\n(MiB)")
-    for heading in headings:
+    last = "against the\nmodel's median" if against is None else f"against\n{against}"
+    for heading in ("context\n(tokens)", "time per token\n(ms)", last, "cache\n(MiB)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["model"],
             f"{row['context']:,}",
             f"{row['seconds_per_token'] * 1e3:.2f}",
-            f"{row['from_median'] - 1:+.1%}",
+            f"{row['from_median'] - 1:+.1%}" if against is None else f"{row['against']:.3f} x",
             f"{row['cache_bytes_per_row'] / 2**20:.2f}",
         )
     Console().print(table)

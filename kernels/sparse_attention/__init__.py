@@ -12,10 +12,21 @@ from torch import Tensor
 from kernels.arguments import check_kind, without_autocast
 from kernels.case import MANY_UNITS, anything
 from kernels.dispatch import Backend, chosen_name
-from kernels.sparse_attention import chunked, cpu, reference, triton
+from kernels.sparse_attention import chunked, cpu, reference, step, triton
 from kernels.sparse_attention.lists import NONE, watched
+from kernels.sparse_attention.step import PoolTensors, StepSight, Tokens
 
-__all__ = ["BACKENDS", "HEAD_SIZES", "NONE", "sparse_attention", "watched"]
+__all__ = [
+    "BACKENDS",
+    "HEAD_SIZES",
+    "NONE",
+    "PoolTensors",
+    "Tokens",
+    "StepSight",
+    "sparse_attention",
+    "sparse_step",
+    "watched",
+]
 HEAD_SIZES = range(1, 1025)
 BACKENDS = (
     Backend(
@@ -27,7 +38,7 @@ BACKENDS = (
         native=True,
         held_back=triton.HELD_BACK,
     ),
-    Backend("cpu", cpu.supports, cpu.run, "compiled C++, the fastest on CPU", cpu.prepare),
+    Backend("cpu", cpu.supports, cpu.run, "compiled C++, the fastest on CPU", cpu.prepare, step=step.take),
     Backend("chunked", anything, chunked.run, "gathers what is listed, in plain torch, any device and dtype"),
     Backend("reference", anything, reference.run, "dense attention under a mask, the definition"),
 )
@@ -81,6 +92,30 @@ def sparse_attention(
     with without_autocast(device):
         y, share = chosen.run(*taken, blocks, starts, positions)
     return y.to(q.dtype), share.to(dtype)
+
+
+def sparse_step(
+    token: Tokens, pool: PoolTensors, sight: StepSight, *, backend: str = "auto"
+) -> Tensor | None:
+    """One token of every row of a pool of blocks, without gradients: taken over, evicting where need be, and
+    its blocks chosen and attended (kernels/sparse_attention/step.py). The pool is changed in place.
+
+    Args:
+        token, pool, sight: as described there.
+        backend: as for `sparse_attention`.
+
+    Returns:
+        y [B,1,H,N]; None, and nothing has happened, where the chosen backend has no such step: then
+        `sparse_attention` and the pool do the same in several calls.
+    """
+    rows, _, heads, size = token.q.shape
+    device = token.q.device.type
+    many = rows * heads >= MANY_UNITS
+    chosen = TABLE[chosen_name("sparse_attention", backend, device, token.q.dtype, size, many)]
+    if chosen.step is None or not step.fits(token, pool):
+        return None
+    with torch.no_grad():
+        return chosen.step(token, pool, sight)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, starts: Tensor, positions: Tensor) -> None:

@@ -10,6 +10,7 @@
 // block by block, over the tokens that list it, for dk and dv. Every sum has a fixed order.
 
 #include "backward.h"
+#include "step.h"
 #include "tiles.h"
 
 namespace {
@@ -154,6 +155,20 @@ Status backward(const Inputs& in, int64_t threads, const float* dy, const float*
                   [&] { return KeyGradients(in, slopes, readers, dk, dv); });
 }
 
+// y [B,1,H,N] of one token of each row; the pool is changed.
+Status step(Sizes s, const Sight& sight, const Pool& pool, const Token& token, int64_t threads, float* y) {
+  s.listed = Step::listed_by(s, sight);
+  std::vector<int32_t> listed(s.batch * s.lists * s.listed), positions(s.batch);
+  Status status = parallel(s.batch, Step::cost(s, pool), threads,
+                           [&] { return Step(s, sight, pool, token, listed, positions); });
+  if (status != kDone) return status;
+  std::vector<float> share(listed.size());
+  const Inputs in{s, token.q, pool.keys, pool.values, listed.data(), pool.starts, positions.data()};
+  status = forward(in, threads, y, share.data(), nullptr);
+  if (status == kDone) remember(s, sight, pool, listed.data(), share.data());
+  return status;
+}
+
 }  // namespace
 
 #define SIZES                                                                                                \
@@ -175,6 +190,23 @@ extern "C" int sparse_attention_backward(SIZES, const float* dy, INPUTS, const f
                                          float* dq, float* dk, float* dv) {
   try {
     return backward(GIVEN, threads, dy, y, logs, dq, dk, dv);
+  } catch (const std::exception&) {
+    return kOutOfMemory;
+  }
+}
+
+extern "C" int sparse_attention_step(int64_t batch, int64_t tokens, int64_t heads, int64_t size, int64_t blocks,
+                                     int64_t length, int64_t groups, int64_t lists, int64_t parts,
+                                     int64_t index_heads, int64_t width, int64_t sinks, int64_t near, int64_t best,
+                                     int64_t first, int64_t kept, int64_t half_lives, int64_t threads,
+                                     const float* q, const float* k, const float* v, const float* asks,
+                                     const float* index_key, float* keys, float* values, float* index,
+                                     int32_t* starts, int64_t* documents, float* attention, int64_t* counts,
+                                     float* y) {
+  try {
+    return step({batch, tokens, heads, size, blocks, length, groups, lists, 0}, {sinks, near, best, first, kept, half_lives},
+                {parts, index_heads, width, keys, values, index, starts, documents, attention, counts},
+                {q, k, v, asks, index_key}, threads, y);
   } catch (const std::exception&) {
     return kOutOfMemory;
   }

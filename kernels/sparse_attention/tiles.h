@@ -70,16 +70,17 @@ inline void product(const float* const* a, int64_t step, const float* b, int64_t
   for (; at < columns; at += kWidth) product_part<1>(a, step, b, stride, inner, out, at, add);
 }
 
-// out[i][c] = a[i] . b[c * stride], for four rows and `columns` keys: for calls too small to transpose keys.
+// out[i][c] = a[i] . b[c * stride], for R rows and `columns` keys: for calls too small to transpose keys.
+template <int R = kRows>
 inline void dots(const float* const* a, const float* b, int64_t stride, int64_t size, int64_t columns,
-          float* const* out) {
+                 float* const* out) {
   for (int64_t c = 0; c < columns; ++c) {
-    Vec sums[kRows] = {};
+    Vec sums[R] = {};
     for (int64_t n = 0; n < size; n += kWidth) {
       const Vec key = load(b + c * stride + n);
-      for (int i = 0; i < kRows; ++i) sums[i] += load(a[i] + n) * key;
+      for (int i = 0; i < R; ++i) sums[i] += load(a[i] + n) * key;
     }
-    for (int i = 0; i < kRows; ++i) out[i][c] = sum(sums[i]);
+    for (int i = 0; i < R; ++i) out[i][c] = sum(sums[i]);
   }
 }
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from kernels.sparse_attention import sparse_attention
+from kernels.sparse_attention import StepSight, Tokens, sparse_attention, sparse_step
 from models.backbone import SequenceContext
-from models.block_pool import FIRST, KEPT, BlockPool, Blocks, block_pool, places_needed
+from models.block_pool import FIRST, HALF_LIVES, KEPT, BlockPool, Blocks, block_pool, places_needed
 from models.mixers.base import AttentionShape
 from models.mixers.block_choice import Choice, Sight, choose, index_loss, some_tokens
 from models.mixers.heads import HeadMixer, check_choice, rotate
 from models.mixers.token_shift import last_token, previous_token
-from models.sequence_state import Places, read_places
+from models.sequence_state import Places, read_places, writable
 
 SELECTORS = ("gated", "published")
 
@@ -207,10 +207,35 @@ class SparseAttentionMixer(HeadMixer):
         asks, index_keys = (query, key) if self.index is None else self.index(hidden, of_keys)
         if self.index is not None and self.rotates(positions) and positions[0].shape[-1] <= asks.shape[-1]:
             asks, index_keys = (rotate(x, positions, self.shape.rotation) for x in (asks, index_keys))
+        tokens = Tokens(query, key, value, asks, index_keys)
+        mixed = self._one_token(tokens, pool, context)
+        if mixed is None:
+            mixed = self._all_tokens(tokens, pool, cache, context)
+        return self.output(mixed.flatten(2))
+
+    def _one_token(self, token: Tokens, pool: BlockPool, context: SequenceContext) -> Tensor | None:
+        """[B,1,H,N] of one more token of each row's text, in one call; None where there is none for it."""
+        fresh = pool.counts is None or token.q.shape[1] > 1
+        if fresh or context.document_ids is not None or torch.is_grad_enabled() or not writable(pool.keys):
+            return None
+        if self.index is not None and context.index_losses is not None:
+            return None
+        options = self.options
+        best = -1 if self.dense else options.top_k
+        sight = StepSight(options.sinks, options.near, best, options.first, options.kept, HALF_LIVES)
+        mixed = sparse_step(token, pool.held, sight, backend=options.backend)
+        pool.seen += mixed is not None
+        return mixed
+
+    def _all_tokens(
+        self, tokens: Tokens, pool: BlockPool, cache: Cache | None, context: SequenceContext
+    ) -> Tensor:
+        """[B,T,H,N] of a call, of which the pool may have no room for all at one time."""
+        query, key, value, asks, index_keys = tokens
         places = self._places(pool, key, value, index_keys, context, whole=cache is None)
         losses = None if self.index is None else context.index_losses
         outputs = []
-        for start, stop in [(0, hidden.shape[1])] if cache is None else pool.rounds(places):
+        for start, stop in [(0, key.shape[1])] if cache is None else pool.rounds(places):
             part = slice(start, stop)
             now = Places(places.documents[:, part], places.positions[:, part], places.seen)
             blocks = pool.advance(key[:, part], value[:, part], index_keys[:, part], now)
@@ -221,8 +246,7 @@ class SparseAttentionMixer(HeadMixer):
             if losses is not None:
                 losses.append(index_loss(asks[:, part], blocks, choice, share, now.positions))
             outputs.append(mixed)
-        mixed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return self.output(mixed.flatten(2))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def _shifted(self, hidden: Tensor, pool: BlockPool, context: SequenceContext) -> Tensor:
         """What keys read, [B,T,D]; the pool remembers the last token."""
