@@ -4,7 +4,7 @@ Shape letters: B rows, T tokens, n tokens with a label, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from models import ranks
 from models.backbone import has_documents, hidden_states, output_head
 from models.evaluation import own_batches
 from models.generation import prefill
-from models.losses import IGNORED
+from models.losses import IGNORED, cross_entropy
 from models.parallelize import kept_whole
+from models.sequence_state import cache_bytes_per_row
+
+Told = TypeVar("Told")
 
 
 class Answered(NamedTuple):
@@ -28,6 +31,13 @@ class Answered(NamedTuple):
     def exact(self) -> bool:
         """Whether all were found."""
         return self.right == self.asked
+
+
+class Read(NamedTuple):
+    """Of one row: the mean loss in nats of the tokens with a label, and what its cache held in the end."""
+
+    loss: float
+    cache_bytes: int
 
 
 def answered_share(rows: Sequence[Answered]) -> float:
@@ -79,11 +89,25 @@ def generated_answers(
     return _in_turns(model, batches, lambda batch: _write(model, batch, prefill_chunk))
 
 
+def cached_losses(
+    model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], prefill_chunk: int
+) -> list[Read]:
+    """The loss of each row's labelled tokens, all of which stand at its end, after the rest has gone through
+    the decoding cache.
+
+    Args, Raises: as for `generated_answers`.
+
+    Returns:
+        One value per row, in order, in every process.
+    """
+    return _in_turns(model, batches, lambda batch: _read_on(model, batch, prefill_chunk))
+
+
 def _in_turns(
     model: PreTrainedModel,
     batches: Sequence[dict[str, Tensor]],
-    answer: Callable[[dict[str, Tensor]], list[Answered]],
-) -> list[Answered]:
+    answer: Callable[[dict[str, Tensor]], list[Told]],
+) -> list[Told]:
     """The answers to all batches, in evaluation mode; processes divide them and share what they find."""
     found, was_training = {}, model.training
     model.eval()
@@ -112,10 +136,7 @@ def _read_off(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[Answered
 
 def _write(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int) -> list[Answered]:
     """The rows of one batch, through a cache: one token at a time wherever some row answers."""
-    if has_documents(batch["document_ids"]):
-        raise ValueError("rows of several documents, or with padding, cannot be answered by decoding.")
-    device = next(model.parameters()).device
-    ids, labels = batch["input_ids"].to(device).clone(), batch["labels"].to(device)
+    ids, labels = _one_document(model, batch)
     chosen, right = labels != IGNORED, torch.zeros_like(labels, dtype=torch.bool)
     written = torch.zeros_like(chosen)  # where the row goes on with the answer
     written[:, :-1] = chosen[:, :-1] & (ids[:, 1:] == labels[:, :-1])
@@ -128,6 +149,35 @@ def _write(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int) -> list
         if place + 1 < ids.shape[1]:
             ids[:, place + 1] = torch.where(written[:, place], token, ids[:, place + 1])
     return _counted(chosen, right)
+
+
+def _read_on(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int) -> list[Read]:
+    """The rows of one batch, through a cache."""
+    ids, labels = _one_document(model, batch)
+    first = int((labels != IGNORED).any(0).nonzero()[0])
+    cache, mask, losses = DynamicCache(config=model.config), torch.ones_like(ids), []
+    prefill(model, ids[:, : first + 1], mask[:, : first + 1], cache, chunk)
+    for start in range(first, ids.shape[1], chunk):
+        stop = min(start + chunk, ids.shape[1])
+        logits = model(
+            input_ids=ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        here = labels[:, start:stop]
+        found = cross_entropy(logits.flatten(0, 1), here.clamp_min(0).flatten()).view_as(here)
+        losses.append(found.double().masked_fill(here == IGNORED, 0))
+    means = torch.cat(losses, 1).sum(1) / (labels != IGNORED).sum(1)
+    return [Read(loss, cache_bytes_per_row(cache)) for loss in means.tolist()]
+
+
+def _one_document(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Copies of the ids and labels [B,T] of rows that a cache can read, where the model is."""
+    if has_documents(batch["document_ids"]):
+        raise ValueError("rows of several documents, or with padding, cannot be answered by decoding.")
+    device = next(model.parameters()).device
+    return batch["input_ids"].to(device).clone(), batch["labels"].to(device)
 
 
 def _next_token(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:

@@ -10,25 +10,27 @@ from pipeline.evaluation import Subject
 from pipeline.long_context_parts import Found, Place
 from reports.eval_report import Findings
 
-PARTS = ("needles", "positions", "mqar")
+PARTS = ("needles", "copies", "positions", "mqar")
 EXPLANATION = (
     "Needles: facts are hidden in long rows, and the end of a row asks for one of them; a figure is the "
-    "share of answers that greedy decoding writes right to the last token, through the decoding cache. Loss: "
-    "held-out text in nats per token, by position in the row. MQAR: the share of values that are recalled "
-    "when their keys come again. ± is the standard error over rows. Difference is model - teacher, relative "
-    "is model / teacher."
+    "share of answers that greedy decoding writes right to the last token, through the decoding cache. Copy "
+    "gain: how much lower the loss of a passage is where the row began with it than where it began with "
+    "another one, in nats per token, read through the cache. Loss: held-out text in nats per token, by "
+    "position in the row. MQAR: the share of values that are recalled when their keys come again. ± is the "
+    "standard error over rows. Difference is model - teacher, relative is model / teacher."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongContextSuite:
-    """Answers by row length and depth, loss by position, associative recall by row length and pairs.
+    """Needles by row length and depth, copying over a distance, loss by position, associative recall.
 
     Args:
-        parts: which of `needles`, `positions` and `mqar` are measured.
+        parts: which of `needles`, `copies`, `positions` and `mqar` are measured.
         data: config of the data module whose held-out documents are read; the model's tokenizer is added.
         prefill_chunk: tokens of each row that go through the decoding cache at once.
-        needles, positions, mqar: configs of the parts (pipeline/long_context_parts.py).
+        needles, copies, positions, mqar: configs of the parts (pipeline/long_context_parts.py, and
+            pipeline/long_context_copies.py).
 
     Raises:
         ValueError: for an unknown part or none, a chunk below 1, or what a part refuses.
@@ -38,6 +40,7 @@ class LongContextSuite:
     data: Mapping[str, Any]
     prefill_chunk: int
     needles: Mapping[str, Any]
+    copies: Mapping[str, Any]
     positions: Mapping[str, Any]
     mqar: Mapping[str, Any]
 

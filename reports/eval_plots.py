@@ -75,6 +75,33 @@ def layer_bars(path: str | Path, *, layers: Sequence[Mapping]) -> Path:
     return _save(figure, path)
 
 
+def choice_bars(
+    path: str | Path, *, shares: Mapping[int, Mapping[str, float]], labels: Mapping[str, str]
+) -> Path:
+    """Draws how much of attention several choices of blocks hold, a group of bars for each layer.
+
+    Args:
+        path: the PNG to write.
+        shares: layer -> way -> share in [0, 1].
+        labels: way -> how it is called, in the order of the bars.
+    """
+    title = "Attention on the blocks that a layer sees"
+    figure, axes = _figure(
+        title, "decoder layer", "share of attention (%)", width=3 + 1.6 * max(len(shares), 3)
+    )
+    width, colours = 0.8 / len(labels), (GREY, *COLOURS[2:4], COLOURS[0], TEACHER_COLOUR)
+    for index, (way, label) in enumerate(labels.items()):
+        places = np.arange(len(shares)) + (index - (len(labels) - 1) / 2) * width
+        values = [100 * found[way] for found in shares.values()]
+        bars = axes.bar(places, values, width, label=label, color=colours[index], edgecolor="white")
+        if len(shares) <= 6:
+            axes.bar_label(bars, [f"{value:.0f}" for value in values], padding=2, fontsize=9)
+    axes.set_xticks(np.arange(len(shares)), [f"{layer}" for layer in shares])
+    axes.set_ylim(0, 106)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    return _save(figure, path)
+
+
 def task_bars(path: str | Path, *, scores: Sequence[Mapping]) -> Path:
     """Draws the scores of tasks, the teacher's beside the model's, with the score of guessing where known.
 

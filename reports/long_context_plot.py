@@ -7,6 +7,10 @@ from pathlib import Path
 from reports.plots import COLOURS, DASHES, TEACHER_COLOUR, _figure, _save
 
 MARKERS = ("o", "^", "D", "v", "P", "X")
+STYLES = {
+    "model": {"color": COLOURS[0], "marker": "o"},
+    "teacher": {"color": TEACHER_COLOUR, "marker": "s", "linestyle": ":"},
+}
 
 Recall = dict[tuple[int, int], list[float]]  # (row length, pairs) -> the share of right values for each seed
 
@@ -29,13 +33,9 @@ def loss_by_bucket(
     figure, axes = _figure(
         "Held-out loss by position", "position in the row, up to (tokens)", "loss (nats/token)"
     )
-    styles = {
-        "model": {"color": COLOURS[0], "marker": "o"},
-        "teacher": {"color": TEACHER_COLOUR, "marker": "s", "linestyle": ":"},
-    }
     for name, values in losses.items():
         spread = [error or 0.0 for error in errors[name]]
-        axes.errorbar(ends, values, yerr=spread, label=name, linewidth=1.8, capsize=3, **styles[name])
+        axes.errorbar(ends, values, yerr=spread, label=name, linewidth=1.8, capsize=3, **STYLES[name])
     _doubling(axes, ends)
     axes.legend(framealpha=0.9)
     return _save(figure, path)
@@ -64,6 +64,29 @@ def recall_by_pairs(
         panel.set_ylim(-0.03, 1.03)
         _doubling(panel, pairs)
         panel.legend(title="row length", framealpha=0.9)
+    return _save(figure, path)
+
+
+def gain_by_length(path: str | Path, *, gains: Mapping[str, Sequence[Mapping[str, float]]]) -> Path:
+    """Draws what copying gains against the length of the row.
+
+    Args:
+        path: the PNG to write.
+        gains: `model`, and perhaps `teacher` -> for each row length `row_length` (tokens), `mean`
+            (nats/token) and its standard `error` or None.
+    """
+    figure, axes = _figure("Copying by row length", "row length (tokens)", "copy gain (nats/token)")
+    for name, cells in gains.items():
+        lengths, means = ([cell[key] for cell in cells] for key in ("row_length", "mean"))
+        spread = [cell["error"] or 0.0 for cell in cells]
+        axes.errorbar(lengths, means, yerr=spread, label=name, linewidth=1.8, capsize=3, **STYLES[name])
+    if "teacher" in gains:
+        level = 0.9 * gains["teacher"][0]["mean"]
+        told = f"90 % of the teacher's gain at {gains['teacher'][0]['row_length']:,} tokens"
+        axes.axhline(level, color=TEACHER_COLOUR, linewidth=1, linestyle="--", label=told)
+    axes.axhline(0, color="black", linewidth=0.8)
+    _doubling(axes, lengths)
+    axes.legend(framealpha=0.9)
     return _save(figure, path)
 
 

@@ -40,6 +40,9 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
         f"suite.needles.depths={list(DEPTHS)}".replace(" ", ""),
         "suite.needles.rows=4",
         "suite.prefill_chunk=50",
+        "suite.copies.row_lengths=[60,90]",
+        "suite.copies.passage_length=24",
+        "suite.copies.rows=3",
         "suite.positions.row_length=300",
         "suite.positions.rows=3",
         "suite.mqar.row_lengths=[48]",
@@ -81,6 +84,17 @@ def test_loss_is_told_by_buckets_of_positions(evaluated):
         assert facts["figures"][f"loss_to_{bucket['to']}"] == bucket["mean"]
     assert buckets[1]["mean"] < buckets[0]["mean"]  # the text repeats itself
     assert (folder / "plots" / "loss_by_position.png").stat().st_size > 0
+
+
+def test_copies_are_measured_at_each_length(evaluated):
+    folder, facts = evaluated
+    cells = facts["copies"]["model"]
+    assert [(cell["row_length"], cell["rows"]) for cell in cells] == [(60, 3), (90, 3)]
+    assert all(cell["mean"] > 0 and cell["cache_bytes"] > 0 for cell in cells)
+    assert cells[1]["cache_bytes"] == 1.5 * cells[0]["cache_bytes"], "attention keeps every token"
+    assert facts["figures"]["copy_gain_60"] == cells[0]["mean"] == facts["teacher_figures"]["copy_gain_60"]
+    assert "copy gain, 90 tokens (3 rows)" in (folder / "eval.md").read_text()
+    assert (folder / "plots" / "copies.png").stat().st_size > 0
 
 
 def test_recall_is_measured_where_rows_have_room(evaluated):
@@ -131,7 +145,11 @@ def test_recall_counts_what_a_model_finds(tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("suite.parts=[]", "suite.parts: is empty; choose from needles, positions, mqar"),
+        ("suite.parts=[]", "suite.parts: is empty; choose from needles, copies, positions, mqar"),
+        ("suite.copies.rows=0", "suite.copies.rows=0"),
+        ("suite.copies.row_lengths=[]", "suite.copies.row_lengths is empty"),
+        ("suite.copies.row_lengths=[511]", "suite.copies.row_lengths: rows of 511 tokens have no room"),
+        ("suite.copies.passage_length=1", "suite.copies.row_lengths.*fewer than 2 tokens"),
         ("suite.parts=[needle]", "suite.parts: 'needle' is unknown"),
         ("suite.prefill_chunk=0", "suite.prefill_chunk=0"),
         ("suite.needles.rows=0", "suite.needles.rows=0"),

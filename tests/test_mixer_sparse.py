@@ -73,7 +73,10 @@ def plain(mixer: SparseAttentionMixer, hidden: Tensor, positions: tuple[Tensor, 
             best = sorted(rest, key=lambda block: scores[token, head, block].item(), reverse=True)
             chosen = {*always, *best[: options.top_k]}
             seen = [j for j in range(token + 1) if j // length in chosen]
-            share = torch.softmax(key[seen, head // sharing] @ query[token, head] / math.sqrt(size), 0)
+            scale = math.log(token + 1) / math.log(options.training_length)
+            scale = max(1.0, scale) if options.log_position_scale else 1.0
+            products = key[seen, head // sharing] @ query[token, head]
+            share = torch.softmax(products * scale / math.sqrt(size), 0)
             output[token, head] = share @ value[seen, head // sharing]
     return output.flatten(1) @ weights["output.weight"].T + weights.get("output.bias", 0.0)
 
@@ -82,6 +85,7 @@ OPTIONS = {
     "gated": {},
     "gated_parts_rope": {"block_length": 6, "index_part": 3, "top_k": 1, "rope": True},
     "gated_only_near": {"top_k": 0, "sinks": 2, "window": 12},
+    "gated_scaled": {"log_position_scale": True, "training_length": 9},
     "published": PUBLISHED,
     "published_rope": PUBLISHED | {"top_k": 1, "rope": True},
     "published_single_tokens": PUBLISHED | {"block_length": 1},
@@ -105,12 +109,11 @@ def test_who_chooses(selector, lists):
     """Each head for itself as published; the heads of a key/value head together where the choice learns."""
     mixer = make(selector=selector, sinks=0, window=1, top_k=1)
     with torch.no_grad():
-        query, key, value = mixer.project_heads(dict.fromkeys("rkv", hidden_of()), None)
-        hidden, pool = hidden_of(), BlockPool()
-        asks, index = (query, key) if mixer.index is None else mixer.index(hidden, hidden)
-        places = mixer._places(pool, key, value, index, SequenceContext(), whole=True)
-        blocks = pool.advance(key, value, index, places)
-        listed = mixer._choice(asks, blocks, places, scored=False).listed
+        pool, context = BlockPool(), SequenceContext()
+        tokens = mixer.read(hidden_of(), None, pool, context)
+        places = mixer.places(pool, tokens, context, whole=True)
+        blocks = pool.advance(tokens.k, tokens.v, tokens.index_keys, places)
+        listed = mixer.choice(tokens.asks, blocks, places, scored=False).listed
     assert listed.shape == (2, TOKENS, lists, 2)
     late = listed[:, 10:].sort(-1).values
     assert (late >= 0).all() and (late.diff(dim=-1) > 0).all(), "one other block besides the own"
@@ -295,6 +298,11 @@ STUDENTS = {
     "gated": ({"window": 5, "top_k": 2}, (), "qwen2"),
     "gated_parts_keep_first": ({"window": 5, "top_k": 1, "index_part": 2}, (0,), "qwen3"),
     "gated_shift": ({"window": 5, "top_k": 1, "key_shift": 0.5, "qk_norm": True}, (), "qwen2"),
+    "gated_scaled": (
+        {"window": 5, "top_k": 1, "log_position_scale": True, "training_length": 4},
+        (),
+        "qwen2",
+    ),
     "published_rope_keep_middle": (PUBLISHED | {"top_k": 1, "rope": True}, (1,), "llama_biased"),
 }
 

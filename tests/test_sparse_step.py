@@ -19,7 +19,7 @@ OPTIONS = {
     "published": {"selector": "published", "sinks": 0, "window": 1},
     "nothing chosen": {"top_k": 0, "sinks": 3},
     "all seen": {"top_k": 40},
-    "rope": {"rope": True, "qk_norm": True},
+    "rope": {"rope": True, "qk_norm": True, "log_position_scale": True, "training_length": 9},
 }
 
 

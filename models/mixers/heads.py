@@ -4,6 +4,7 @@ state of recurrent ones.
 Shape letters: B rows, T tokens, D hidden width, H heads, G key/value heads, N head size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -318,6 +319,18 @@ def rotate(heads: Tensor, position_embeddings: tuple[Tensor, Tensor], rotation: 
         across = torch.cat([-second, first], dim=-1)
     turned = turning * cosine + across * sine
     return torch.cat([turned, still], dim=-1) if still.shape[-1] else turned
+
+
+def position_scale(positions: Tensor, training_length: int) -> Tensor:
+    """[B,T] positions in documents -> [B,T,1,1] float32 factors of queries, max(1, ln(t + 1) / ln(L0)), with
+    which attention over ever more keys stays as sharp as it was (arXiv 2501.19399).
+
+    Args:
+        positions: t, from 0.
+        training_length: L0, tokens up to which the factor is exactly 1.
+    """
+    grown = (positions + 1).float().log() / math.log(training_length)
+    return grown.clamp(min=1.0)[..., None, None]
 
 
 def decay_bias(inner: int, layer_index: int, layer_count: int) -> Tensor:

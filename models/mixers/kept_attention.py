@@ -7,7 +7,6 @@ arXiv 2601.22156).
 Shape letters: B rows, S tokens read so far, T tokens of a call, D hidden width, H heads, N head size.
 """
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from models.backbone import SequenceContext
-from models.mixers.heads import GATES, check_choice
+from models.mixers.heads import GATES, check_choice, position_scale
 from models.mixers.softmax import QUERY_BLOCK, SoftmaxMixer, in_query_blocks
 from models.sequence_state import ChunkedTokens, TokenCacheLayer, token_layer
 
@@ -78,14 +77,9 @@ class KeptAttentionMixer(SoftmaxMixer):
         alone = memory.seen == 0 and context.document_ids is None and within
         text = memory.advance(key, value, context.document_ids, WHOLE_DOCUMENT)
         if self.options.log_position_scale:
-            query = query * self._sharpness(text.positions).to(query.dtype)
+            query = query * position_scale(text.positions, self.options.training_length).to(query.dtype)
         mixed = self.attend(query, key, value, None) if alone else self._attend(query, text)
         return self.finish(mixed, hidden)
-
-    def _sharpness(self, positions: Tensor) -> Tensor:
-        """[B,T] positions in documents -> [B,T,1,1] float32 factors of the queries."""
-        grown = (positions + 1).float().log() / math.log(self.options.training_length)
-        return grown.clamp(min=1.0)[..., None, None]
 
     def _attend(self, query: Tensor, text: ChunkedTokens) -> Tensor:
         """[B,T,H,N] queries of the last T tokens -> [B,T,H,N], where a row may hold several documents."""

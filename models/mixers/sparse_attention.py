@@ -17,7 +17,7 @@ from models.backbone import SequenceContext
 from models.block_pool import FIRST, HALF_LIVES, KEPT, BlockPool, Blocks, block_pool, places_needed
 from models.mixers.base import AttentionShape
 from models.mixers.block_choice import Choice, Sight, choose, index_loss, some_tokens
-from models.mixers.heads import HeadMixer, check_choice, rotate
+from models.mixers.heads import HeadMixer, check_choice, position_scale, rotate
 from models.mixers.token_shift import last_token, previous_token
 from models.sequence_state import Places, read_places, writable
 
@@ -48,6 +48,9 @@ class SparseAttentionOptions:
         key_shift: mix what keys read with the token before, by a share of each channel that starts at this
             and is learned; None does not. With it, one layer finds what followed a token that it sees again.
         qk_norm: scale queries and keys to unit mean square, with a learned factor for each head.
+        log_position_scale: queries beyond training_length grow with the logarithm of their position
+            (`heads.position_scale`): the more blocks there are to choose from, the more come near the best.
+        training_length: tokens up to which that factor is exactly 1.
         backend: of the operator `sparse_attention`.
     """
 
@@ -63,13 +66,15 @@ class SparseAttentionOptions:
     rope: bool = False
     key_shift: float | None = None
     qk_norm: bool = False
+    log_position_scale: bool = False
+    training_length: int = 4096
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         key = "student.mixers.sparse"
         check_choice(f"{key}.selector", self.selector, SELECTORS)
         least = {"block_length": 1, "sinks": 0, "window": 1, "top_k": 0, "index_width": 1, "index_part": 1}
-        for name, value in (least | {"index_tried": 0}).items():
+        for name, value in (least | {"index_tried": 0, "training_length": 2}).items():
             if getattr(self, name) < value:
                 raise ValueError(f"{key}.{name}={getattr(self, name)} must be at least {value}.")
         fewest = self.first + self.kept + 1
@@ -198,20 +203,35 @@ class SparseAttentionMixer(HeadMixer):
         if cache is not None:
             pool = block_pool(cache, self.layer_index, self.options.kept, self.options.first)
             pool.begin(context.continues)
+        tokens = self.read(hidden, positions, pool, context)
+        mixed = self._one_token(tokens, pool, context)
+        if mixed is None:
+            mixed = self._all_tokens(tokens, pool, cache, context)
+        return self.output(mixed.flatten(2))
+
+    def read(
+        self,
+        hidden: Tensor,
+        positions: tuple[Tensor, Tensor] | None,
+        pool: BlockPool,
+        context: SequenceContext,
+    ) -> Tokens:
+        """What tokens [B,T,D] ask, and are asked by; the pool remembers the last one."""
         of_keys = self._shifted(hidden, pool, context)
         query, key, value = self.project_heads({"r": hidden, "k": of_keys, "v": hidden}, positions)
         if self.sharpness is not None:
             query, key = (F.rms_norm(x, x.shape[-1:]) for x in (query, key))
             query = query * (self.sharpness * self.read_scale)
+        if self.options.log_position_scale:
+            fresh = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+            seen = fresh if pool.counts is None else pool.counts[:, 0]
+            places = read_places(seen, context.document_ids, hidden.shape[1])
+            query = query * position_scale(places.positions, self.options.training_length)
         query, key = query.to(value.dtype), key.to(value.dtype)
         asks, index_keys = (query, key) if self.index is None else self.index(hidden, of_keys)
         if self.index is not None and self.rotates(positions) and positions[0].shape[-1] <= asks.shape[-1]:
             asks, index_keys = (rotate(x, positions, self.shape.rotation) for x in (asks, index_keys))
-        tokens = Tokens(query, key, value, asks, index_keys)
-        mixed = self._one_token(tokens, pool, context)
-        if mixed is None:
-            mixed = self._all_tokens(tokens, pool, cache, context)
-        return self.output(mixed.flatten(2))
+        return Tokens(query, key, value, asks, index_keys)
 
     def _one_token(self, token: Tokens, pool: BlockPool, context: SequenceContext) -> Tensor | None:
         """[B,1,H,N] of one more token of each row's text, in one call; None where there is none for it."""
@@ -232,15 +252,15 @@ class SparseAttentionMixer(HeadMixer):
     ) -> Tensor:
         """[B,T,H,N] of a call, of which the pool may have no room for all at one time."""
         query, key, value, asks, index_keys = tokens
-        places = self._places(pool, key, value, index_keys, context, whole=cache is None)
+        places = self.places(pool, tokens, context, whole=cache is None)
         losses = None if self.index is None else context.index_losses
         outputs = []
         for start, stop in [(0, key.shape[1])] if cache is None else pool.rounds(places):
             part = slice(start, stop)
             now = Places(places.documents[:, part], places.positions[:, part], places.seen)
             blocks = pool.advance(key[:, part], value[:, part], index_keys[:, part], now)
-            choice = self._choice(asks[:, part], blocks, now, scored=losses is not None)
-            mixed, share = self._attend(query[:, part], blocks, choice, now)
+            choice = self.choice(asks[:, part], blocks, now, scored=losses is not None)
+            mixed, share = self.attend(query[:, part], blocks, choice, now)
             if cache is not None:
                 pool.attend(choice.listed, share, now.documents >= 0)
             if losses is not None:
@@ -256,25 +276,17 @@ class SparseAttentionMixer(HeadMixer):
         pool.last_hidden = last_token(hidden, context.document_ids, pool.last_hidden)
         return hidden + (before - hidden) * self.shift_mix
 
-    def _places(
-        self,
-        pool: BlockPool,
-        key: Tensor,
-        value: Tensor,
-        index: Tensor,
-        context: SequenceContext,
-        whole: bool,
-    ) -> Places:
+    def places(self, pool: BlockPool, tokens: Tokens, context: SequenceContext, whole: bool) -> Places:
         """Where the call's tokens stand; makes the pool, for these tokens alone if they are `whole` rows."""
-        options, ids, (rows, tokens) = self.options, context.document_ids, key.shape[:2]
-        count = options.pool_blocks + 1
+        options, ids, (rows, count) = self.options, context.document_ids, tokens.k.shape[:2]
+        needed = options.pool_blocks + 1
         if whole:
-            places = read_places(torch.zeros(rows, dtype=torch.int64, device=key.device), ids, tokens)
-            count = places_needed(places, tokens, options.block_length, single=ids is None)
-        pool.make(key, value, index, count, options.block_length, options.parts)
-        return pool.numbered(places if whole else read_places(pool.counts[:, 0], ids, tokens))
+            places = read_places(torch.zeros(rows, dtype=torch.int64, device=tokens.k.device), ids, count)
+            needed = places_needed(places, count, options.block_length, single=ids is None)
+        pool.make(tokens.k, tokens.v, tokens.index_keys, needed, options.block_length, options.parts)
+        return pool.numbered(places if whole else read_places(pool.counts[:, 0], ids, count))
 
-    def _choice(self, asks: Tensor, blocks: Blocks, places: Places, scored: bool) -> Choice:
+    def choice(self, asks: Tensor, blocks: Blocks, places: Places, scored: bool) -> Choice:
         """The blocks of all tokens, some tokens at a time."""
         options = self.options
         best = None if self.dense else options.top_k
@@ -289,7 +301,7 @@ class SparseAttentionMixer(HeadMixer):
         parts = zip(*found, strict=True)
         return Choice(*(None if part[0] is None else torch.cat(part, dim=1) for part in parts))
 
-    def _attend(self, query: Tensor, blocks: Blocks, choice: Choice, places: Places) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, blocks: Blocks, choice: Choice, places: Places) -> tuple[Tensor, Tensor]:
         """[B,T,H,N] -> [B,T,H,N], and the share of each listed block [B,T,J,K]."""
         at = torch.where(places.documents >= 0, places.positions, -1).int()
         listed, starts = choice.listed.contiguous(), blocks.starts.contiguous()
