@@ -17,6 +17,7 @@
 #include <new>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace native {
@@ -71,6 +72,30 @@ inline float sum(Vec x) {
   for (int half = kWidth / 8; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) part[i] += part[i + half];
   return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
+}
+
+template <int H, bool kUpper>
+constexpr int half_lane(int lane) {
+  return (lane % (2 * H) < H ? 0 : kWidth) + lane / (2 * H) * (2 * H) + lane % H + (kUpper ? H : 0);
+}
+
+// Of each group of 2 H lanes the lower or upper half of a, and beside it that of b.
+template <int H, bool kUpper, size_t... L>
+inline Vec halves(Vec a, Vec b, std::index_sequence<L...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, half_lane<H, kUpper>(L)...);
+#else
+  return __builtin_shuffle(a, b, IntVec{half_lane<H, kUpper>(L)...});
+#endif
+}
+
+// The sums of kWidth vectors, one in each lane; x is overwritten.
+template <int H = kWidth / 2>
+inline Vec sums(Vec* x) {
+  const auto lanes = std::make_index_sequence<kWidth>();
+  for (int i = 0; i < H; ++i) x[i] = halves<H, false>(x[i], x[i + H], lanes) + halves<H, true>(x[i], x[i + H], lanes);
+  if constexpr (H > 1) return sums<H / 2>(x);
+  return x[0];
 }
 
 // Asks for large pages where memory that is about to be filled has room for them. Fresh memory costs a page

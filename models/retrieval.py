@@ -34,10 +34,16 @@ class Answered(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Of one row: the mean loss in nats of the tokens with a label, and what its cache held in the end."""
+    """Of one row: the loss [T] float64 at each position in nats, NaN where there is no label, and what its
+    cache held in the end."""
 
-    loss: float
+    losses: Tensor
     cache_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """The mean over tokens with a label."""
+        return float(self.losses.nanmean())
 
 
 def answered_share(rows: Sequence[Answered]) -> float:
@@ -92,8 +98,7 @@ def generated_answers(
 def cached_losses(
     model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], prefill_chunk: int
 ) -> list[Read]:
-    """The loss of each row's labelled tokens, all of which stand at its end, after the rest has gone through
-    the decoding cache.
+    """The losses of each row, read through the decoding cache, in chunks: a row may be as long as it likes.
 
     Args, Raises: as for `generated_answers`.
 
@@ -154,8 +159,9 @@ def _write(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int) -> list
 def _read_on(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int) -> list[Read]:
     """The rows of one batch, through a cache."""
     ids, labels = _one_document(model, batch)
-    first = int((labels != IGNORED).any(0).nonzero()[0])
-    cache, mask, losses = DynamicCache(config=model.config), torch.ones_like(ids), []
+    first = next(_places(labels != IGNORED), ids.shape[1] - 1)
+    cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
+    losses = torch.full(ids.shape, torch.nan, dtype=torch.float64, device=ids.device)
     prefill(model, ids[:, : first + 1], mask[:, : first + 1], cache, chunk)
     for start in range(first, ids.shape[1], chunk):
         stop = min(start + chunk, ids.shape[1])
@@ -167,9 +173,8 @@ def _read_on(model: PreTrainedModel, batch: dict[str, Tensor], chunk: int) -> li
         ).logits
         here = labels[:, start:stop]
         found = cross_entropy(logits.flatten(0, 1), here.clamp_min(0).flatten()).view_as(here)
-        losses.append(found.double().masked_fill(here == IGNORED, 0))
-    means = torch.cat(losses, 1).sum(1) / (labels != IGNORED).sum(1)
-    return [Read(loss, cache_bytes_per_row(cache)) for loss in means.tolist()]
+        losses[:, start:stop] = found.double().masked_fill(here == IGNORED, torch.nan)
+    return [Read(row, cache_bytes_per_row(cache)) for row in losses.cpu()]
 
 
 def _one_document(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.launch import build
 from data.distant_copies import DistantCopies
@@ -44,27 +44,17 @@ class CopiesByDistance:
     def run(self, place: Place) -> Found:
         """Measures each row length, and draws the curve."""
         data = build(place.data, "data", tokenizer=place.subject.tokenizer)
-        cells = {length: self._cell(place, data, length) for length in self.row_lengths}
+        read = {length: self._read(place, data, length) for length in self.row_lengths}
         figures = [
             figure_of(
                 f"copy_gain_{length}",
                 f"copy gain, {length:,} tokens ({len(rows['model'])} rows)",
-                {who: [gain for gain, _ in of] for who, of in rows.items()},
+                {who: [row.gain for row in of] for who, of in rows.items()},
                 ".3f",
             )
-            for length, rows in cells.items()
+            for length, rows in read.items()
         ]
-        details = {
-            who: [
-                {
-                    "row_length": length,
-                    **mean_of([gain for gain, _ in rows[who]])._asdict(),
-                    "cache_bytes": rows[who][0][1],
-                }
-                for length, rows in cells.items()
-            ]
-            for who in place.models
-        }
+        details = {who: [_told(length, rows[who]) for length, rows in read.items()] for who in place.models}
         picture = Picture(
             file="plots/copies.png",
             heading="Copying by row length",
@@ -75,8 +65,8 @@ class CopiesByDistance:
         gain_by_length(place.folder / picture.file, gains=details)
         return Found(figures, [picture], {"copies": details})
 
-    def _cell(self, place: Place, data: Any, length: int) -> dict[str, list[tuple[float, int]]]:
-        """Gain and bytes of each row, for each model."""
+    def _read(self, place: Place, data: Any, length: int) -> dict[str, list["Both"]]:
+        """Every row of that length, for each model."""
         batches = {
             shown: data.retrieval_batches(
                 DistantCopies(passage_length=self.passage_length, shown=shown),
@@ -86,14 +76,39 @@ class CopiesByDistance:
             )
             for shown in (True, False)
         }
-        found = {}
-        for who, model in place.models.items():
-            read: Mapping[bool, list[Read]] = {
-                shown: cached_losses(model, rows, place.prefill_chunk) for shown, rows in batches.items()
-            }
-            pairs = zip(read[True], read[False], strict=True)
-            found[who] = [(other.loss - seen.loss, seen.cache_bytes) for seen, other in pairs]
-        return found
+        return {
+            who: [
+                Both(*rows)
+                for rows in zip(
+                    *(cached_losses(model, batches[shown], place.prefill_chunk) for shown in (True, False)),
+                    strict=True,
+                )
+            ]
+            for who, model in place.models.items()
+        }
+
+
+class Both(NamedTuple):
+    """A row that begins with its passage, and the same row that does not."""
+
+    shown: Read
+    other: Read
+
+    @property
+    def gain(self) -> float:
+        """By how much the passage's loss is lower where it has been shown, nats/token."""
+        return self.other.loss - self.shown.loss
+
+
+def _told(length: int, rows: Sequence[Both]) -> dict[str, Any]:
+    """The mean gain, the two losses that it comes from, and the memory of a row."""
+    return {
+        "row_length": length,
+        **mean_of([row.gain for row in rows])._asdict(),
+        "loss_shown": mean_of([row.shown.loss for row in rows]).mean,
+        "loss_other": mean_of([row.other.loss for row in rows]).mean,
+        "cache_bytes": rows[0].shown.cache_bytes,
+    }
 
 
 def _memory(who: str, told: Sequence[Mapping[str, Any]]) -> str:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from conf.launch import build
 from data.mqar import HELD_OUT, Load, Mqar, MqarRows
 from data.row_module import VALIDATION_SEED, in_batches
-from models.evaluation import evaluate
-from models.retrieval import Answered, answered_share, generated_answers
+from models.retrieval import Answered, answered_share, cached_losses, generated_answers
 from pipeline.evaluation import Subject
 from reports.eval_report import Figure, Picture
 from reports.long_context_plot import loss_by_bucket, recall_by_pairs
@@ -172,7 +172,8 @@ class NeedleMaps:
 class LossByPosition:
     """Loss on long rows of held-out text, by buckets of the position: up to 128 tokens, to 256, to 512, ...
 
-    Documents that are shorter than a row are joined, and the text runs on from one to the next.
+    Documents that are shorter than a row are joined, and the text runs on from one to the next. Rows are read
+    through the decoding cache.
 
     Args:
         row_length: tokens.
@@ -196,12 +197,11 @@ class LossByPosition:
         """Measures row by row, so that the spread between rows is known."""
         changes = {"row_length": self.row_length, "rows_per_device": 1, "cross_documents": True}
         data = build({**place.data, **changes}, "data", tokenizer=place.subject.tokenizer)
-        ends, losses = bucket_ends(self.row_length), {who: [] for who in place.models}
-        for batch in data.validation_batches(self.rows):
-            sums = evaluate(place.models["model"], place.models.get("teacher"), [batch], {}).by_position
-            for who, metric in (("model", "loss"), ("teacher", "teacher_loss")):
-                if who in losses:
-                    losses[who].append(in_buckets(sums[metric], sums["count"], ends))
+        ends, batches = bucket_ends(self.row_length), data.validation_batches(self.rows)
+        losses = {
+            who: [in_buckets(row.losses, ends) for row in cached_losses(model, batches, place.prefill_chunk)]
+            for who, model in place.models.items()
+        }
         means = {who: [mean_of(bucket) for bucket in zip(*rows, strict=True)] for who, rows in losses.items()}
         return self._told(place, ends, losses, means)
 
@@ -343,11 +343,11 @@ def bucket_ends(row_length: int) -> list[int]:
     return ends
 
 
-def in_buckets(sums: Any, counts: Any, ends: Sequence[int]) -> list[float]:
-    """[T] sums and counts by position -> the mean in each bucket; NaN where no token has a label."""
+def in_buckets(losses: Tensor, ends: Sequence[int]) -> list[float]:
+    """[T] losses by position, NaN where there is no label -> the mean in each bucket, NaN where there is
+    none."""
     starts = [0, *ends[:-1]]
-    pairs = [(float(sums[a:b].sum()), float(counts[a:b].sum())) for a, b in zip(starts, ends, strict=True)]
-    return [total / count if count else math.nan for total, count in pairs]
+    return [float(losses[start:end].nanmean()) for start, end in zip(starts, ends, strict=True)]
 
 
 def check_lists(part: Any, *names: str) -> None:

@@ -12,7 +12,8 @@ STYLES = {
     "teacher": {"color": TEACHER_COLOUR, "marker": "s", "linestyle": ":"},
 }
 
-Recall = dict[tuple[int, int], list[float]]  # (row length, pairs) -> the share of right values for each seed
+# What names a cell of a part, such as (row length, pairs) -> a value for each seed.
+Seeds = dict[tuple[int, ...], list[float]]
 
 
 def loss_by_bucket(
@@ -97,9 +98,9 @@ def _doubling(axes, values: Sequence[int]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def recall_of_models(path: str | Path, *, models: Mapping[str, Recall], trained: int) -> Path:
+def recall_of_models(path: str | Path, *, models: Mapping[str, Seeds], trained: int) -> Path:
     """Draws recall over the number of pairs, a panel for each row length and a line for each model: the mean
-    over seeds, and between the lowest and the highest a band.
+    over seeds, and thin lines for the seeds.
 
     Args:
         path: the PNG to write.
@@ -111,14 +112,45 @@ def recall_of_models(path: str | Path, *, models: Mapping[str, Recall], trained:
     figure, panels = _figure("", "pairs in the row", "right values (share)", **size)
     for axes, length in zip([panels] if len(lengths) == 1 else panels, lengths, strict=True):
         for (name, found), colour in zip(models.items(), COLOURS, strict=False):
-            points = sorted((pairs, shares) for (tokens, pairs), shares in found.items() if tokens == length)
-            pairs = [pairs for pairs, _ in points]
-            means = [sum(shares) / len(shares) for _, shares in points]
-            axes.plot(pairs, means, color=colour, marker="o", label=name)
-            lowest, highest = ([pick(shares) for _, shares in points] for pick in (min, max))
-            axes.fill_between(pairs, lowest, highest, color=colour, alpha=0.2, linewidth=0)
+            _with_seeds(
+                axes, name, {pairs: of for (tokens, pairs), of in found.items() if tokens == length}, colour
+            )
         axes.axvline(trained, color=TEACHER_COLOUR, linestyle=":", label=f"trained to {trained} pairs")
         axes.set(title=f"rows of {length:,} tokens", ylim=(-0.03, 1.03))
         _doubling(axes, sorted({pairs for found in models.values() for _, pairs in found}))
-        axes.legend(loc="lower left", frameon=False)
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=10)
     return _save(figure, path)
+
+
+def gains_of_models(path: str | Path, *, models: Mapping[str, Seeds], trained: int) -> Path:
+    """Draws what copying gains over the row length, a line for each model as in `recall_of_models`.
+
+    Args:
+        path: the PNG to write.
+        models: name -> (row length,) -> a gain for each seed, nats/token; one may be `teacher`.
+        trained: row length that training has shown, tokens.
+    """
+    figure, axes = _figure("Copying by row length", "row length (tokens)", "copy gain (nats/token)")
+    students = {name: found for name, found in models.items() if name != "teacher"}
+    for (name, found), colour in zip(students.items(), COLOURS, strict=False):
+        _with_seeds(axes, name, {length: gains for (length,), gains in found.items()}, colour)
+    if "teacher" in models:
+        gains = sorted((length, sum(of) / len(of)) for (length,), of in models["teacher"].items())
+        axes.plot(*zip(*gains, strict=True), label="teacher", linewidth=1.8, **STYLES["teacher"])
+        told = f"90 % of the teacher's gain at {gains[0][0]:,} tokens"
+        axes.axhline(0.9 * gains[0][1], color=TEACHER_COLOUR, linewidth=1, linestyle="--", label=told)
+    axes.axvline(trained, color=TEACHER_COLOUR, linestyle=":", label=f"trained on {trained:,} tokens")
+    axes.axhline(0, color="black", linewidth=0.8)
+    _doubling(axes, sorted({length for found in models.values() for (length,) in found}))
+    axes.legend(framealpha=0.9)
+    return _save(figure, path)
+
+
+def _with_seeds(axes, name: str, found: Mapping[int, Sequence[float]], colour: str) -> None:
+    """A line of means over seeds, and a thin one for each seed."""
+    places = sorted(found)
+    for values in zip(*(found[place] for place in places), strict=True):
+        axes.plot(places, values, color=colour, linewidth=0.9, alpha=0.5)
+    means = [sum(found[place]) / len(found[place]) for place in places]
+    axes.plot(places, means, color=colour, marker="o", linewidth=2, label=name)

@@ -195,7 +195,7 @@ PLACEHOLDERS = {
 OTHER_PROGRAMS = (
     "pipeline.sweep",
     "pipeline.token_efficiency",
-    "pipeline.recall_curves",
+    "pipeline.long_context_curves",
     "kernels.fused.measure",
     "kernels.bench.sparse",
     "pip",

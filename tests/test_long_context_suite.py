@@ -91,6 +91,7 @@ def test_copies_are_measured_at_each_length(evaluated):
     cells = facts["copies"]["model"]
     assert [(cell["row_length"], cell["rows"]) for cell in cells] == [(60, 3), (90, 3)]
     assert all(cell["mean"] > 0 and cell["cache_bytes"] > 0 for cell in cells)
+    assert all(c["loss_other"] - c["loss_shown"] == pytest.approx(c["mean"]) for c in cells)
     assert cells[1]["cache_bytes"] == 1.5 * cells[0]["cache_bytes"], "attention keeps every token"
     assert facts["figures"]["copy_gain_60"] == cells[0]["mean"] == facts["teacher_figures"]["copy_gain_60"]
     assert "copy gain, 90 tokens (3 rows)" in (folder / "eval.md").read_text()
@@ -106,13 +107,11 @@ def test_recall_is_measured_where_rows_have_room(evaluated):
 def test_buckets_double_and_hold_the_mean_of_their_tokens():
     assert bucket_ends(100) == [100] and bucket_ends(128) == [128]
     assert bucket_ends(1000) == [128, 256, 512, 1000]
-    sums = torch.arange(300.0)
-    counts = torch.ones(300)
-    counts[128:256] = 0
-    means = in_buckets(sums, counts, [128, 256, 300])
-    assert (
-        means[0] == sum(range(128)) / 128 and math.isnan(means[1]) and means[2] == sum(range(256, 300)) / 44
-    )
+    losses = torch.arange(300.0)
+    losses[128:256] = math.nan
+    losses[0] = math.nan
+    first, missing, last = in_buckets(losses, [128, 256, 300])
+    assert first == sum(range(128)) / 127 and math.isnan(missing) and last == sum(range(256, 300)) / 44
 
 
 def test_a_standard_error_is_that_of_the_mean():

@@ -74,13 +74,24 @@ inline void product(const float* const* a, int64_t step, const float* b, int64_t
 template <int R = kRows>
 inline void dots(const float* const* a, const float* b, int64_t stride, int64_t size, int64_t columns,
                  float* const* out) {
-  for (int64_t c = 0; c < columns; ++c) {
-    Vec sums[R] = {};
-    for (int64_t n = 0; n < size; n += kWidth) {
-      const Vec key = load(b + c * stride + n);
-      for (int i = 0; i < R; ++i) sums[i] += load(a[i] + n) * key;
+  Vec partial[R][kWidth];
+  for (int64_t from = 0; from < columns; from += kWidth) {
+    const int64_t count = std::min<int64_t>(kWidth, columns - from);
+    for (int64_t c = 0; c < count; ++c) {
+      Vec products[R] = {};
+      for (int64_t n = 0; n < size; n += kWidth) {
+        const Vec key = load(b + (from + c) * stride + n);
+        for (int i = 0; i < R; ++i) products[i] += load(a[i] + n) * key;
+      }
+      for (int i = 0; i < R; ++i) partial[i][c] = products[i];
     }
-    for (int i = 0; i < R; ++i) out[i][c] = sum(sums[i]);
+    for (int i = 0; i < R; ++i) {
+      if (count == kWidth) {
+        store(out[i] + from, sums(partial[i]));
+      } else {
+        for (int64_t c = 0; c < count; ++c) out[i][from + c] = sum(partial[i][c]);
+      }
+    }
   }
 }
 
