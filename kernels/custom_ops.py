@@ -68,6 +68,27 @@ class Signature:
         """The outputs whose gradients the backward pass is given."""
         return tuple(name for name in self.outputs if name not in self.constant)
 
+    def named(self, tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+        """The inputs by name."""
+        return dict(zip(self.inputs, tensors, strict=True))
+
+    def given(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """The inputs among the arguments of a backward pass."""
+        first = len(self.upstream)
+        return arguments[first : first + len(self.inputs)]
+
+    def make_outputs(self, inputs: Sequence[Tensor | None], keep: bool) -> list[Tensor]:
+        """The outputs, and what is saved; an empty tensor stands for nothing."""
+        tensors = self.named(inputs)
+        outputs = [entry.make(tensors) for entry in self.outputs.values()]
+        if keep and self.saved:
+            return [*outputs, self.saved.make(tensors)]
+        return [*outputs, inputs[0].new_empty(0)]
+
+    def make_gradients(self, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients; None for an input that is None."""
+        return [entry.make(self.named(inputs)) for entry in self.gradients.values()]
+
 
 class Operators(NamedTuple):
     """The custom operators of one backend.
@@ -123,62 +144,68 @@ def register(
     """
     name = f"transmute::{operator}_{backend}"
     devices = tuple(device_types)
-    first, count = len(signature.upstream), len(signature.inputs)  # where the inputs stand in a backward call
+    forward_op = _register_forward(name, devices, signature, forward)
+    backward_op = _register_backward(f"{name}_backward", devices, signature, backward)
+    _register_autograd(name, signature, forward_op, backward_op)
+    if step is None:
+        return Operators(forward_op, backward_op)
+    return Operators(forward_op, backward_op, *_register_step(f"{name}_step", devices, signature, step))
 
-    def made(table: dict[str, Made], tensors: dict[str, Tensor | None]) -> list[Tensor | None]:
-        return [entry.make(tensors) for entry in table.values()]
 
-    def saved(tensors: dict[str, Tensor | None], keep: bool) -> Tensor:
-        if keep and signature.saved:
-            return signature.saved.make(tensors)
-        like = tensors[signature.inputs[0]]
-        return allocate((0,), like.dtype, like.device)
+def _register_forward(name: str, devices: tuple[str, ...], signature: Signature, forward: Fill) -> Any:
+    """The custom operator of the forward pass: (inputs, keep) -> outputs and what is saved."""
 
-    def packed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if x is None else x.contiguous() for x in tensors]
-
-    def named(tensors: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-        return dict(zip(signature.inputs, tensors, strict=True))
-
-    def absent(gradients: list[Tensor | None], like: Tensor) -> list[Tensor]:
-        """Custom operators return tensors only: an empty one stands for None."""
-        return [like.new_empty(0) if x is None else x for x in gradients]
-
-    def run_forward(*arguments):
+    def run(*arguments):
         *tensors, keep = arguments
-        inputs = packed(tensors)
-        outputs, kept = made(signature.outputs, named(inputs)), saved(named(inputs), keep)
+        inputs = _packed(tensors)
+        *outputs, kept = signature.make_outputs(inputs, keep)
         forward(*inputs, *outputs, kept if keep and signature.saved else None)
         return *outputs, kept
 
-    def run_backward(*arguments):
-        *given, kept = packed(arguments)
-        inputs = given[first : first + count]
-        gradients = made(signature.gradients, named(inputs))
-        backward(*given, *([kept] if signature.saved else []), *gradients)
-        return tuple(absent(gradients, inputs[0]))
-
-    def fake_forward(*arguments):
+    def fake(*arguments):
         *tensors, keep = arguments
-        return *made(signature.outputs, named(tensors)), saved(named(tensors), keep)
+        return tuple(signature.make_outputs(tensors, keep))
 
-    def fake_backward(*arguments):
-        inputs = arguments[first : first + count]
-        return tuple(absent(made(signature.gradients, named(inputs)), inputs[0]))
+    inputs = _declared(signature, signature.inputs)
+    operator = torch.library.custom_op(
+        name, run, mutates_args=(), device_types=devices,
+        schema=f"({inputs}, bool keep) -> {_tensors(len(signature.outputs) + 1)}",
+    )  # fmt: skip
+    operator.register_fake(fake)
+    return operator
 
-    arguments = _declared(signature, signature.inputs)
-    upstream = ", ".join(f"Tensor d{name}" for name in signature.upstream)
-    reread = "".join(f"Tensor {name}, " for name in signature.reread)
-    forward_op = torch.library.custom_op(
-        name, run_forward, mutates_args=(), device_types=devices,
-        schema=f"({arguments}, bool keep) -> {_tensors(len(signature.outputs) + 1)}",
+
+def _register_backward(name: str, devices: tuple[str, ...], signature: Signature, backward: Fill) -> Any:
+    """The custom operator of the backward pass: (gradients of the outputs, inputs, outputs that it rereads,
+    saved) -> gradients. Custom operators return tensors only: an empty one stands for None."""
+
+    def told(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+        return tuple(like.new_empty(0) if x is None else x for x in gradients)
+
+    def run(*arguments):
+        *given, kept = _packed(arguments)
+        inputs = signature.given(given)
+        gradients = signature.make_gradients(inputs)
+        backward(*given, *([kept] if signature.saved else []), *gradients)
+        return told(gradients, inputs[0])
+
+    def fake(*arguments):
+        inputs = signature.given(arguments)
+        return told(signature.make_gradients(inputs), inputs[0])
+
+    upstream = ", ".join(f"Tensor d{output}" for output in signature.upstream)
+    reread = "".join(f"Tensor {output}, " for output in signature.reread)
+    inputs = _declared(signature, signature.inputs)
+    operator = torch.library.custom_op(
+        name, run, mutates_args=(), device_types=devices,
+        schema=f"({upstream}, {inputs}, {reread}Tensor saved) -> {_tensors(len(signature.gradients))}",
     )  # fmt: skip
-    backward_op = torch.library.custom_op(
-        f"{name}_backward", run_backward, mutates_args=(), device_types=devices,
-        schema=f"({upstream}, {arguments}, {reread}Tensor saved) -> {_tensors(len(signature.gradients))}",
-    )  # fmt: skip
-    forward_op.register_fake(fake_forward)
-    backward_op.register_fake(fake_backward)
+    operator.register_fake(fake)
+    return operator
+
+
+def _register_autograd(name: str, signature: Signature, forward_op: Any, backward_op: Any) -> None:
+    """Makes the second operator the derivative of the first."""
 
     def setup_context(ctx, inputs, output) -> None:
         if not inputs[-1]:
@@ -190,7 +217,7 @@ def register(
 
     def differentiate(ctx, *upstream):
         kept = ctx.saved_tensors
-        present = named(kept[:count])
+        present = signature.named(kept[: len(signature.inputs)])
         given = dict(zip(signature.outputs, upstream, strict=False))
         filled = [
             signature.outputs[name].make(present).zero_() if given[name] is None else given[name]
@@ -200,9 +227,11 @@ def register(
         return *(None if present[n] is None else found.get(n) for n in signature.inputs), None
 
     forward_op.register_autograd(differentiate, setup_context=setup_context)
-    if step is None:
-        return Operators(forward_op, backward_op)
-    return Operators(forward_op, backward_op, *_register_step(f"{name}_step", devices, signature, step))
+
+
+def _packed(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What a backend is given is contiguous."""
+    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def _register_step(
