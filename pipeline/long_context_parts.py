@@ -78,24 +78,31 @@ class NeedleMaps:
 
     Args:
         tasks: name -> config of a task of data/retrieval.py.
+        names: of the tasks that are measured.
         row_lengths: tokens, ascending.
         depths: of the answer in the row, in [0, 1], ascending.
         rows: of each task, row length, depth and source.
 
     Raises:
-        ValueError: for an empty list, a count below 1, or rows that are too short for a task.
+        ValueError: for an empty list, an unknown name, a count below 1, or rows that are too short for a
+            task.
     """
 
     tasks: Mapping[str, Any]
+    names: Sequence[str]
     row_lengths: Sequence[int]
     depths: Sequence[float]
     rows: int
     key = "suite.needles"
 
     def __post_init__(self) -> None:
-        check_lists(self, "tasks", "row_lengths", "depths")
+        check_lists(self, "row_lengths", "depths")
         check_least(self, "rows")
-        for name in self.tasks:
+        unknown = [name for name in self.names if name not in self.tasks]
+        if unknown or not self.names:
+            said = f"{unknown[0]!r} is unknown" if unknown else "is empty"
+            raise ValueError(f"{self.key}.names: {said}; choose from {', '.join(self.tasks)}.")
+        for name in self.names:
             for length in self.row_lengths:
                 self.task(name, self.depths[0]).check_row_length(length, f"{self.key}.row_lengths")
             for depth in self.depths:
@@ -112,7 +119,7 @@ class NeedleMaps:
         """Measures each cell of the maps, and draws one map for each task and model."""
         found = Found()
         data = build(place.data, "data", tokenizer=place.subject.tokenizer)
-        for name in self.tasks:
+        for name in self.names:
             cells = {
                 (length, depth): self._cell(place, data, name, length, depth)
                 for length in self.row_lengths
