@@ -14,7 +14,7 @@ from kernels.case import MANY_UNITS, anything
 from kernels.dispatch import Backend, chosen_name
 from kernels.sparse_attention import chunked, cpu, reference, step, triton
 from kernels.sparse_attention.lists import NONE, watched
-from kernels.sparse_attention.step import PoolTensors, StepSight, Tokens
+from kernels.sparse_attention.pool import PoolTensors, StepSight, Tokens
 
 __all__ = [
     "BACKENDS",
@@ -112,7 +112,7 @@ def sparse_step(
     device = token.q.device.type
     many = rows * heads >= MANY_UNITS
     chosen = TABLE[chosen_name("sparse_attention", backend, device, token.q.dtype, size, many)]
-    if chosen.step is None or not step.fits(token, pool):
+    if chosen.step is None:
         return None
     with torch.no_grad():
         return chosen.step(token, pool, sight)

@@ -7,69 +7,13 @@ Shape letters: B rows, H heads, N head size, M places for blocks of C tokens, G 
 parts of a block that the index tells apart, F index heads, W index width.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.sparse_attention.pool import PoolTensors, StepSight, Tokens
 
 WIDTH = 16  # head sizes and index widths are multiples of it
-
-
-class PoolTensors(NamedTuple):
-    """What a pool holds, changed in place.
-
-    Attributes:
-        keys, values: [B,M,C,G,N] float32. The last place takes what nobody is to see.
-        index: [B,M,P,F,W] float32, mean index keys.
-        starts: [B,M] int32, the position of a block's first token.
-        documents: [B,M] int64; -1 where no block is.
-        attention: [B,M] float32, what the blocks have been paid.
-        counts: [B,3] int64: tokens of the current document, its number, the place that is being filled.
-    """
-
-    keys: Tensor
-    values: Tensor
-    index: Tensor
-    starts: Tensor
-    documents: Tensor
-    attention: Tensor
-    counts: Tensor
-
-
-class StepSight(NamedTuple):
-    """What a token sees, and what stays, in blocks.
-
-    Attributes:
-        sinks, near, best: as in models.mixers.block_choice.Sight; a `best` below 0 sees all.
-        first, kept: first and newest blocks that are never evicted.
-        half_lives: of what blocks have been paid, until all tokens of the pool have been replaced.
-    """
-
-    sinks: int
-    near: int
-    best: int
-    first: int
-    kept: int
-    half_lives: int
-
-
-class Tokens(NamedTuple):
-    """What is read off tokens; T = 1 in a step.
-
-    Attributes:
-        q: [B,T,H,N], scaled.
-        k, v: [B,T,G,N].
-        asks: [B,T,J,W] index queries.
-        index_keys: [B,T,F,W].
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    asks: Tensor
-    index_keys: Tensor
 
 
 def fits(token: Tokens, pool: PoolTensors) -> bool:
@@ -88,8 +32,11 @@ def fits(token: Tokens, pool: PoolTensors) -> bool:
     )
 
 
-def take(token: Tokens, pool: PoolTensors, sight: StepSight) -> Tensor:
-    """y [B,1,H,N]; the pool is changed in place."""
+def take(token: Tokens, pool: PoolTensors, sight: StepSight) -> Tensor | None:
+    """y [B,1,H,N], and the pool is changed in place; None, and nothing has happened, where they do not
+    fit."""
+    if not fits(token, pool):
+        return None
     token = Tokens(*(x.contiguous() for x in token))
     parts, heads, width = pool.index.shape[2:]
     sizes = (*token.q.shape, *pool.keys.shape[1:4], token.asks.shape[2], parts, heads, width, *sight)

@@ -23,7 +23,7 @@ from models.mixers import MIXERS
 HEAD = "models.hf.modeling"
 ROOTS = (Target(HEAD, "TransmuteConfig"), Target(HEAD, "TransmuteForCausalLM"))
 REPLACED = {"kernels.dispatch": "models.hf.dispatch"}
-PORTABLE_BACKENDS = ("chunked", "reference", "lists")  # and what they share
+PORTABLE_BACKENDS = ("chunked", "reference", "lists", "pool")  # and what they share
 RULE = "# " + "-" * 107
 HEADER = '''"""A language model converted by Transmute: a Transformer with other mixers where attention was.
 
