@@ -25,6 +25,7 @@ from reports.eval_report import Figure, Findings, eval_page, figures_table
 
 pytestmark = pytest.mark.xdist_group("eval-script")  # they share one evaluation
 PLAN = ["rwkv7", ATTENTION, "rwkv7"]
+SUITES = ["lm_eval", "long_context", "quick", "retrieval", "sparse_choice"]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_damaged_weights_are_told_by_the_key(run: Path, tmp_path: Path, damage: 
 
 def test_a_bad_command_line_is_refused_in_one_line():
     for overrides, said in (
-        (["model=x", "suite=kernels"], "unknown; choose one of lm_eval, long_context, quick, retrieval."),
+        (["model=x", "suite=kernels"], f"unknown; choose one of {', '.join(SUITES)}."),
         (["model=x", "suite=lm_eval", "tasks=[]"], "tasks is empty"),
     ):
         done = evaluation(*overrides)
@@ -196,7 +197,7 @@ def test_every_suite_belongs_to_one_script():
     files = {path.stem for path in suites.FOLDER.glob("*.yaml")}
     of_scripts = [suites.suites_of("eval.py"), suites.suites_of("benchmark.py")]
     assert sorted(sum(of_scripts, [])) == sorted(files)
-    assert of_scripts[0] == ["lm_eval", "long_context", "quick", "retrieval"]
+    assert of_scripts[0] == SUITES
 
 
 def test_relative_scores():
