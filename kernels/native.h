@@ -33,7 +33,13 @@ typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kWidth * 4)));
 typedef float VecAny __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 
+typedef uint32_t BitsVec __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t RoundedAny __attribute__((vector_size(kWidth * 2), aligned(2), may_alias));
+
 inline Vec load(const float* p) { return *reinterpret_cast<const VecAny*>(p); }
+inline Vec load(const uint16_t* p) {  // of bfloat16: the upper half of a float's bits
+  return (Vec)(__builtin_convertvector(*reinterpret_cast<const RoundedAny*>(p), BitsVec) << 16);
+}
 inline void store(float* p, Vec x) { *reinterpret_cast<VecAny*>(p) = x; }
 
 // exp(x) for x <= 0: 2^n times a polynomial on |x - n ln 2| <= ln 2 / 2; 0 below -87.

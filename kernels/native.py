@@ -13,7 +13,7 @@ from kernels import jit_build
 from kernels.case import Case
 
 FOLDER = Path(__file__).parent
-TAKEN = (torch.float32, torch.int64, torch.int32, torch.int8)
+TAKEN = (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8)
 OUT_OF_MEMORY, UNKNOWN_HEAD_SIZE = 1, 2  # as in native.h
 
 
@@ -47,7 +47,8 @@ def call(operator: str, entry: str, sizes: Sequence[int], tensors: Sequence[Tens
     Args:
         operator, entry: such as "wkv7" and "forward".
         sizes: (B, T, H, N), and what else the entry asks for.
-        tensors: contiguous, float32, int64, int32 or (codes) int8, in the order of the entry's arguments.
+        tensors: contiguous, float32, int64, int32, int16 (bits of bfloat16) or (codes) int8, in the order of
+            the entry's arguments.
 
     Raises:
         BuildError: the library cannot be built.

@@ -45,6 +45,8 @@ def plain_scores(mixer: SparseAttentionMixer, hidden: Tensor, positions: tuple[T
     asks, keys = copy.deepcopy(mixer.index).double()(hidden.double()[None], hidden.double()[None])
     if options.rope:
         asks, keys = (rotate(x, [table.double() for table in positions]) for x in (asks, keys))
+    if options.index_part == 1:
+        keys = keys.bfloat16().double()
     scores = torch.full((len(hidden), asks.shape[2], blocks), -math.inf, dtype=torch.float64)
     for block, own in enumerate(keys[0, :, 0].split(options.block_length)):
         parts = torch.stack([part.sum(0) / options.index_part for part in own.split(options.index_part)])
@@ -222,6 +224,7 @@ def plain_index_loss(mixer: SparseAttentionMixer, hidden: Tensor) -> Tensor:
     """KL(attention's true share of complete blocks ‖ softmax of their scores), all blocks, one document."""
     query, key, _ = plain_heads(mixer, hidden, rotary(torch.arange(len(hidden))[None]))
     asks, index = mixer.index(hidden[None], hidden[None])
+    index = index + (index.bfloat16() - index).detach()
     length, losses = mixer.options.block_length, []
     for token in range(2 * length, len(hidden)):
         past = token // length

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kernels import native, sparse_attention
+from models.backbone import SequenceContext
 from models.block_pool import BlockPool
 from models.mixers import SparseAttentionMixer
 
@@ -97,6 +98,17 @@ def test_what_one_call_cannot_do_takes_many(options, change, monkeypatch):
     with torch.no_grad():
         assert_close(decoded(mixer, hidden)[0], mixer(hidden)[0])
     assert not taken
+
+
+def test_a_cache_holds_the_index_keys_of_training_in_half_the_bytes():
+    mixer, cache = make(pool_blocks=80), DynamicCache()
+    hidden = torch.randn(2, TOKENS, GROUPED.hidden_size)
+    with torch.no_grad():
+        mixer(hidden, past_key_values=cache)
+        keys = mixer.read(hidden, None, BlockPool(), SequenceContext()).index_keys
+    held = cache.layers[-1].index
+    assert held.dtype == torch.bfloat16 and keys.dtype == torch.float32
+    assert torch.equal(held.flatten(1, 2)[:, :TOKENS].float(), keys)
 
 
 def test_a_step_is_not_taken_where_somebody_differentiates():

@@ -16,7 +16,7 @@ struct Slopes {
                   float* const* weights, float* const* slopes) const {
     const Sizes& s = in.s;
     const int64_t width = padded(columns);
-    Scorer{in, &keys}(queries, b, m, g, from, columns, visible, weights);
+    Scorer{in, &keys}.fill(queries, b, m, g, from, columns, visible, weights);
     product(upstream, 1, values.at(b, m, g) + from, padded(s.length), s.size, slopes, width, false);
     for (int i = 0; i < kRows; ++i) {
       const int64_t seen = std::min(std::max<int64_t>(visible[i] - from, 0), columns);

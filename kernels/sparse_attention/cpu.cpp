@@ -43,15 +43,19 @@ struct Forward {
     std::fill(of_level.begin(), of_level.end(), kLowest);
     std::fill(of_total.begin(), of_total.end(), 0.0f);
     std::memset(sums.data, 0, (rows() + 1) * in.s.size * sizeof(float));
-    for (int32_t m : tile.touched) by_fours(tile, m, false, [&](const Four& four) { add(m, four); });
+    for (int32_t m : tile.touched)
+      by_fours(tile, m, false, [&](const Four& four) {
+        four.count == 1 ? add<1>(m, four) : four.count == 2 ? add<2>(m, four) : add<kRows>(m, four);
+      });
     finish();
   }
 
+  template <int R>
   void add(int32_t m, const Four& four) {
     const Sizes& s = in.s;
-    const float* queries[kRows];
-    float *found[kRows], *out[kRows];
-    for (int i = 0; i < kRows; ++i) {
+    const float* queries[R];
+    float *found[R], *out[R];
+    for (int i = 0; i < R; ++i) {
       queries[i] = in.q + query(four.row[i]);
       found[i] = scores.data + i * kColumns;
       // What is only watched, and what repeats another row, adds up where nobody looks.
@@ -59,11 +63,11 @@ struct Forward {
     }
     for (int64_t from = 0; from < four.most; from += kColumns) {
       const int64_t columns = std::min<int64_t>(kColumns, four.most - from), width = padded(columns);
-      score(queries, tile.b, m, tile.g, from, columns, four.visible, found);
+      score.template fill<R>(queries, tile.b, m, tile.g, from, columns, four.visible, found);
       bool any = false;
-      for (int i = 0; i < kRows; ++i) any |= weigh(four, i, found[i], width);
-      if (any) product(found, 1, in.v + in.key(tile.b, m, from, tile.g), s.key_stride(), columns, out, s.size,
-                       true);
+      for (int i = 0; i < R; ++i) any |= weigh(four, i, found[i], width);
+      const float* values = in.v + in.key(tile.b, m, from, tile.g);
+      if (any) product<R>(found, 1, values, s.key_stride(), columns, out, s.size, true);
     }
   }
 
@@ -156,11 +160,12 @@ Status backward(const Inputs& in, int64_t threads, const float* dy, const float*
 }
 
 // y [B,1,H,N] of one token of each row; the pool is changed.
-Status step(Sizes s, const Sight& sight, const Pool& pool, const Token& token, int64_t threads, float* y) {
-  s.listed = Step::listed_by(s, sight);
+template <class Cell>
+Status step(Sizes s, const Sight& sight, const Pool<Cell>& pool, const Token& token, int64_t threads, float* y) {
+  s.listed = Step<Cell>::listed_by(s, sight);
   std::vector<int32_t> listed(s.batch * s.lists * s.listed), positions(s.batch);
-  Status status = parallel(s.batch, Step::cost(s, pool), threads,
-                           [&] { return Step(s, sight, pool, token, listed, positions); });
+  Status status = parallel(s.batch, Step<Cell>::cost(s, pool), threads,
+                           [&] { return Step<Cell>(s, sight, pool, token, listed, positions); });
   if (status != kDone) return status;
   std::vector<float> share(listed.size());
   const Inputs in{s, token.q, pool.keys, pool.values, listed.data(), pool.starts, positions.data()};
@@ -197,16 +202,22 @@ extern "C" int sparse_attention_backward(SIZES, const float* dy, INPUTS, const f
 
 extern "C" int sparse_attention_step(int64_t batch, int64_t tokens, int64_t heads, int64_t size, int64_t blocks,
                                      int64_t length, int64_t groups, int64_t lists, int64_t parts,
-                                     int64_t index_heads, int64_t width, int64_t sinks, int64_t near, int64_t best,
-                                     int64_t first, int64_t kept, int64_t half_lives, int64_t threads,
-                                     const float* q, const float* k, const float* v, const float* asks,
-                                     const float* index_key, float* keys, float* values, float* index,
-                                     int32_t* starts, int64_t* documents, float* attention, int64_t* counts,
-                                     float* y) {
+                                     int64_t index_heads, int64_t width, int64_t cell_bytes, int64_t sinks,
+                                     int64_t near, int64_t best, int64_t first, int64_t kept,
+                                     int64_t half_lives, int64_t threads, const float* q, const float* k,
+                                     const float* v, const float* asks, const float* index_key,
+                                     float* keys, float* values, void* index, int32_t* starts, int64_t* documents,
+                                     float* attention, int64_t* counts, float* y) {
+  const Sizes s{batch, tokens, heads, size, blocks, length, groups, lists, 0};
+  const Sight sight{sinks, near, best, first, kept, half_lives};
+  const Token token{q, k, v, asks, index_key};
+  const auto run = [&](auto* cells) {
+    const Pool<std::remove_pointer_t<decltype(cells)>> pool{
+        parts, index_heads, width, keys, values, cells, starts, documents, attention, counts};
+    return step(s, sight, pool, token, threads, y);
+  };
   try {
-    return step({batch, tokens, heads, size, blocks, length, groups, lists, 0}, {sinks, near, best, first, kept, half_lives},
-                {parts, index_heads, width, keys, values, index, starts, documents, attention, counts},
-                {q, k, v, asks, index_key}, threads, y);
+    return cell_bytes == 2 ? run(static_cast<uint16_t*>(index)) : run(static_cast<float*>(index));
   } catch (const std::exception&) {
     return kOutOfMemory;
   }

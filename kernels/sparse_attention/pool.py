@@ -14,7 +14,7 @@ class PoolTensors(NamedTuple):
 
     Attributes:
         keys, values: [B,M,C,G,N] float32. The last place takes what nobody is to see.
-        index: [B,M,P,F,W] float32, mean index keys.
+        index: [B,M,P,F,W] mean index keys, float32, or bfloat16 where a part is one token.
         starts: [B,M] int32, the position of a block's first token.
         documents: [B,M] int64; -1 where no block is.
         attention: [B,M] float32, what the blocks have been paid.

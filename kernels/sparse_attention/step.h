@@ -16,9 +16,11 @@ struct Sight {
 };
 
 // The pool's tensors; index is [B,M,P,F,W]. The last place takes what nobody is to see.
+template <class Cell>  // of the index: float, or uint16_t for bfloat16, where a part is one token
 struct Pool {
   int64_t parts, heads, width;
-  float *keys, *values, *index;
+  float *keys, *values;
+  Cell* index;
   int32_t* starts;
   int64_t* documents;
   float* attention;
@@ -29,9 +31,17 @@ struct Token {
   const float *q, *k, *v, *asks, *index;
 };
 
+inline void add(float* cell, float x) { *cell += x; }
+inline void add(uint16_t* cell, float x) {  // to a zero; x has no bits that would be lost
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  *cell = static_cast<uint16_t>(bits >> 16);
+}
+
+template <class Cell>
 class Step {
  public:
-  Step(const Sizes& sizes, const Sight& sight, const Pool& pool, const Token& token, std::vector<int32_t>& listed,
+  Step(const Sizes& sizes, const Sight& sight, const Pool<Cell>& pool, const Token& token, std::vector<int32_t>& listed,
        std::vector<int32_t>& positions)
       : s(sizes), sight(sight), pool(pool), token(token), listed(listed), positions(positions),
         found(kRows * padded(pool.parts)), scores(s.lists * s.blocks), order(s.blocks) {}
@@ -54,12 +64,12 @@ class Step {
     return sees_all(s, sight) ? s.blocks : sight.sinks + sight.near + 1 + sight.best;
   }
 
-  static int64_t cost(const Sizes& s, const Pool& pool) { return s.blocks * pool.parts * pool.width * s.lists; }
+  static int64_t cost(const Sizes& s, const Pool<Cell>& pool) { return s.blocks * pool.parts * pool.width * s.lists; }
 
  private:
   const Sizes& s;
   const Sight& sight;
-  const Pool& pool;
+  const Pool<Cell>& pool;
   const Token& token;
   std::vector<int32_t>&listed, &positions;
   Scratch found;
@@ -95,7 +105,7 @@ class Step {
     documents[least] = document;
     attention[least] = 0;
     const int64_t cells = pool.parts * pool.heads * pool.width;
-    std::fill_n(pool.index + (b * s.blocks + least) * cells, cells, 0.0f);
+    std::fill_n(pool.index + (b * s.blocks + least) * cells, cells, Cell(0));
     return least;
   }
 
@@ -104,8 +114,8 @@ class Step {
     std::copy_n(token.k + b * cells, cells, pool.keys + (at * s.length + offset) * cells);
     std::copy_n(token.v + b * cells, cells, pool.values + (at * s.length + offset) * cells);
     const int64_t part = s.length / pool.parts, wide = pool.heads * pool.width;
-    float* mean = pool.index + (at * pool.parts + offset / part) * wide;
-    for (int64_t i = 0; i < wide; ++i) mean[i] += token.index[b * wide + i] / static_cast<float>(part);
+    Cell* mean = pool.index + (at * pool.parts + offset / part) * wide;
+    for (int64_t i = 0; i < wide; ++i) add(mean + i, token.index[b * wide + i] / static_cast<float>(part));
   }
 
   void choose() {
@@ -134,7 +144,7 @@ class Step {
   // log of the sum of exp over a block's parts, for every list.
   void score(int64_t m) {
     const int64_t per_head = s.lists / pool.heads, stride = pool.heads * pool.width, wide = padded(pool.parts);
-    const float* keys = pool.index + (b * s.blocks + m) * pool.parts * stride;
+    const Cell* keys = pool.index + (b * s.blocks + m) * pool.parts * stride;
     for (int64_t f = 0; f < pool.heads; ++f)
       for (int64_t from = 0; from < per_head; from += kRows) {
         const int64_t rows = std::min<int64_t>(kRows, per_head - from), j = f * per_head + from;
@@ -144,7 +154,7 @@ class Step {
           asks[i] = token.asks + (b * s.lists + j + std::min(i, rows - 1)) * pool.width;
           out[i] = found.data + i * wide;
         }
-        const auto products = rows == 1 ? dots<1> : rows == 2 ? dots<2> : dots<kRows>;
+        const auto products = rows == 1 ? dots<1, Cell> : rows == 2 ? dots<2, Cell> : dots<kRows, Cell>;
         products(asks, keys + f * pool.width, stride, pool.width, pool.parts, out);
         for (int64_t i = 0; i < rows; ++i) scores[(j + i) * s.blocks + m] = log_sum(out[i], wide);
       }
@@ -159,7 +169,8 @@ class Step {
 };
 
 // What the blocks have been paid counts less with every token, and a block that was attended gets its share.
-inline void remember(const Sizes& s, const Sight& sight, const Pool& pool, const int32_t* listed, const float* share) {
+template <class Cell>
+void remember(const Sizes& s, const Sight& sight, const Pool<Cell>& pool, const int32_t* listed, const float* share) {
   const float decay = std::exp2(-static_cast<float>(sight.half_lives) / static_cast<float>(s.blocks * s.length));
   for (int64_t b = 0; b < s.batch; ++b) {
     float* paid = pool.attention + b * s.blocks;

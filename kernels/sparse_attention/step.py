@@ -14,6 +14,7 @@ from kernels import native
 from kernels.sparse_attention.pool import PoolTensors, StepSight, Tokens
 
 WIDTH = 16  # head sizes and index widths are multiples of it
+INDEX_CELLS = {torch.float32: torch.float32, torch.bfloat16: torch.int16}  # as C++ is handed them
 
 
 def fits(token: Tokens, pool: PoolTensors) -> bool:
@@ -21,11 +22,12 @@ def fits(token: Tokens, pool: PoolTensors) -> bool:
     way."""
     given = (*token, *pool)
     plain = not torch.compiler.is_compiling() and all(type(x) is Tensor for x in given)
-    numbers = (*token, pool.keys, pool.values, pool.index, pool.attention)
+    numbers = (*token, pool.keys, pool.values, pool.attention)
     return (
         plain
         and token.q.shape[1] == 1
         and all(x.dtype == torch.float32 for x in numbers)
+        and pool.index.dtype in INDEX_CELLS
         and all(x.is_contiguous() for x in pool)
         and token.q.shape[3] % WIDTH == 0
         and token.asks.shape[3] % WIDTH == 0
@@ -39,7 +41,9 @@ def take(token: Tokens, pool: PoolTensors, sight: StepSight) -> Tensor | None:
         return None
     token = Tokens(*(x.contiguous() for x in token))
     parts, heads, width = pool.index.shape[2:]
-    sizes = (*token.q.shape, *pool.keys.shape[1:4], token.asks.shape[2], parts, heads, width, *sight)
+    held = pool._replace(index=pool.index.view(INDEX_CELLS[pool.index.dtype]))
+    cell = held.index.element_size()
+    sizes = (*token.q.shape, *pool.keys.shape[1:4], token.asks.shape[2], parts, heads, width, cell, *sight)
     y = torch.empty_like(token.q)
-    native.call("sparse_attention", "step", sizes, (*token, *pool, y))
+    native.call("sparse_attention", "step", sizes, (*token, *held, y))
     return y

@@ -41,57 +41,57 @@ struct Inputs {
   }
 };
 
-// out[i] (+)= sum over k of a[i][k * step] * b[k * stride ...], for four rows and V vectors.
-template <int V>
+// out[i] (+)= sum over k of a[i][k * step] * b[k * stride ...], for R rows and V vectors.
+template <int R, int V>
 void product_part(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t inner,
                   float* const* out, int64_t column, bool add) {
-  Vec sums[kRows][V];
+  Vec sums[R][V];
   const Vec zero = {};
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < R; ++i)
     for (int j = 0; j < V; ++j) sums[i][j] = add ? load(out[i] + column + j * kWidth) : zero;
   for (int64_t k = 0; k < inner; ++k) {
     Vec row[V];
     for (int j = 0; j < V; ++j) row[j] = load(b + k * stride + column + j * kWidth);
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < R; ++i) {
       const Vec factor = a[i][k * step] - zero;
       for (int j = 0; j < V; ++j) sums[i][j] += factor * row[j];
     }
   }
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < R; ++i)
     for (int j = 0; j < V; ++j) store(out[i] + column + j * kWidth, sums[i][j]);
 }
 
 // The same over `columns` columns, a multiple of kWidth.
-inline void product(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t inner,
+template <int R = kRows>
+void product(const float* const* a, int64_t step, const float* b, int64_t stride, int64_t inner,
              float* const* out, int64_t columns, bool add) {
   int64_t at = 0;
   for (; at + kColumns <= columns; at += kColumns)
-    product_part<kTileVectors>(a, step, b, stride, inner, out, at, add);
-  for (; at < columns; at += kWidth) product_part<1>(a, step, b, stride, inner, out, at, add);
+    product_part<R, kTileVectors>(a, step, b, stride, inner, out, at, add);
+  for (; at < columns; at += kWidth) product_part<R, 1>(a, step, b, stride, inner, out, at, add);
 }
 
-// out[i][c] = a[i] . b[c * stride], for R rows and `columns` keys: for calls too small to transpose keys.
-template <int R = kRows>
-inline void dots(const float* const* a, const float* b, int64_t stride, int64_t size, int64_t columns,
-                 float* const* out) {
-  Vec partial[R][kWidth];
+// out[i][c] = a[i] . b[c * stride], for R rows and `columns` keys: for calls too small to transpose keys. Rows of
+// `out` are padded; what is behind their end is undefined.
+template <int R = kRows, class Cell = float>
+void dots(const float* const* a, const Cell* b, int64_t stride, int64_t size, int64_t columns, float* const* out) {
+  constexpr int kTogether = 4;
+  Vec partial[R][kWidth] = {};
   for (int64_t from = 0; from < columns; from += kWidth) {
     const int64_t count = std::min<int64_t>(kWidth, columns - from);
-    for (int64_t c = 0; c < count; ++c) {
-      Vec products[R] = {};
-      for (int64_t n = 0; n < size; n += kWidth) {
-        const Vec key = load(b + (from + c) * stride + n);
-        for (int i = 0; i < R; ++i) products[i] += load(a[i] + n) * key;
-      }
-      for (int i = 0; i < R; ++i) partial[i][c] = products[i];
+    for (int64_t c = 0; c < count; c += kTogether) {
+      const Cell* keys[kTogether];
+      for (int j = 0; j < kTogether; ++j) keys[j] = b + (from + std::min(c + j, count - 1)) * stride;
+      Vec products[R][kTogether] = {};
+      for (int64_t n = 0; n < size; n += kWidth)
+        for (int j = 0; j < kTogether; ++j) {
+          const Vec key = load(keys[j] + n);
+          for (int i = 0; i < R; ++i) products[i][j] += load(a[i] + n) * key;
+        }
+      for (int i = 0; i < R; ++i)
+        for (int j = 0; j < kTogether; ++j) partial[i][c + j] = products[i][j];
     }
-    for (int i = 0; i < R; ++i) {
-      if (count == kWidth) {
-        store(out[i] + from, sums(partial[i]));
-      } else {
-        for (int64_t c = 0; c < count; ++c) out[i][from + c] = sum(partial[i][c]);
-      }
-    }
+    for (int i = 0; i < R; ++i) store(out[i] + from, sums(partial[i]));
   }
 }
 
@@ -221,15 +221,16 @@ void by_fours(const Tile& tile, int32_t m, bool attended_only, Act act) {
 struct Scorer {
   const Inputs& in;
   const Transposed* keys;  // null: too few queries to transpose for
-  void operator()(const float* const* queries, int64_t b, int32_t m, int64_t g, int64_t from, int64_t columns,
-                  const int64_t* visible, float* const* out) const {
+  template <int R = kRows>
+  void fill(const float* const* queries, int64_t b, int32_t m, int64_t g, int64_t from, int64_t columns,
+            const int64_t* visible, float* const* out) const {
     const Sizes& s = in.s;
     const int64_t width = padded(columns);
     if (keys != nullptr)
-      product(queries, 1, keys->at(b, m, g) + from, padded(s.length), s.size, out, width, false);
+      product<R>(queries, 1, keys->at(b, m, g) + from, padded(s.length), s.size, out, width, false);
     else
-      dots(queries, in.k + in.key(b, m, from, g), s.key_stride(), s.size, columns, out);
-    for (int i = 0; i < kRows; ++i)
+      dots<R>(queries, in.k + in.key(b, m, from, g), s.key_stride(), s.size, columns, out);
+    for (int i = 0; i < R; ++i)
       for (int64_t c = std::max<int64_t>(visible[i] - from, 0); c < width; ++c) out[i][c] = kLowest;
   }
 };

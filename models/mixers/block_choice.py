@@ -114,7 +114,7 @@ def _by_tokens(by_heads: Tensor, tokens: int) -> Tensor:
 def _products(queries: Tensor, keys: Tensor) -> Tensor:
     """[B,F,x,W], [B,F,M·P,W] -> [B,F,x,M·P], in float32 whatever autocast says."""
     with without_autocast(queries.device.type):
-        return queries @ keys.transpose(-1, -2)
+        return queries @ keys.to(queries.dtype).transpose(-1, -2)
 
 
 def _drawn(candidates: Tensor, positions: Tensor, count: int) -> Tensor:

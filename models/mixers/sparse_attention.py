@@ -41,7 +41,7 @@ class SparseAttentionOptions:
         pool_blocks: blocks that the decoding memory holds; made once, it never grows.
         index_width: W of `gated`.
         index_part: tokens whose mean is one index key of `gated`; divides block_length. 1 looks at each
-            token.
+            token, with keys rounded to bfloat16: decoding reads them all at each token.
         index_tried: blocks drawn at random that the index also learns about, while it trains sparsely.
         rope: rotate queries and keys as the teacher does, and index vectors that are wide enough for it;
             without, any length is alike.
@@ -110,6 +110,16 @@ class SparseAttentionOptions:
     def parts(self) -> int:
         """Index keys of a block."""
         return self.block_length // self.index_part if self.selector == "gated" else 1
+
+    @property
+    def rounds(self) -> bool:
+        """Whether index keys are rounded; those of several tokens are summed first, in full."""
+        return self.selector == "gated" and self.index_part == 1
+
+
+def rounded(keys: Tensor) -> Tensor:
+    """The nearest numbers that bfloat16 has, in the dtype of `keys`; gradients go through as they are."""
+    return keys + (keys.bfloat16().to(keys.dtype) - keys).detach()
 
 
 class GatedIndex(nn.Module):
@@ -231,6 +241,7 @@ class SparseAttentionMixer(HeadMixer):
         asks, index_keys = (query, key) if self.index is None else self.index(hidden, of_keys)
         if self.index is not None and self.rotates(positions) and positions[0].shape[-1] <= asks.shape[-1]:
             asks, index_keys = (rotate(x, positions, self.shape.rotation) for x in (asks, index_keys))
+        index_keys = rounded(index_keys) if self.options.rounds else index_keys
         return Tokens(query, key, value, asks, index_keys)
 
     def _one_token(self, token: Tokens, pool: BlockPool, context: SequenceContext) -> Tensor | None:
@@ -283,7 +294,8 @@ class SparseAttentionMixer(HeadMixer):
         if whole:
             places = read_places(torch.zeros(rows, dtype=torch.int64, device=tokens.k.device), ids, count)
             needed = places_needed(places, count, options.block_length, single=ids is None)
-        pool.make(tokens.k, tokens.v, tokens.index_keys, needed, options.block_length, options.parts)
+        index = tokens.index_keys.bfloat16() if options.rounds and not whole else tokens.index_keys
+        pool.make(tokens.k, tokens.v, index, needed, options.block_length, options.parts)
         return pool.numbered(places if whole else read_places(pool.counts[:, 0], ids, count))
 
     def choice(self, asks: Tensor, blocks: Blocks, places: Places, scored: bool) -> Choice:
