@@ -29,8 +29,7 @@ class LongContextSuite:
         parts: which of `needles`, `copies`, `positions` and `mqar` are measured.
         data: config of the data module whose held-out documents are read; the model's tokenizer is added.
         prefill_chunk: tokens of each row that go through the decoding cache at once.
-        needles, copies, positions, mqar: configs of the parts (pipeline/long_context_parts.py, and
-            pipeline/long_context_copies.py).
+        needles, copies, positions, mqar: configs of the parts (pipeline/long_context_<part>.py).
 
     Raises:
         ValueError: for an unknown part or none, a chunk below 1, or what a part refuses.

@@ -12,7 +12,9 @@ from tiny import tiny_teacher
 from conf.launch import build
 from data.mqar import Mqar
 from data.tokenizer import symbol_tokenizer
-from pipeline.long_context_parts import Place, RecallCurves, bucket_ends, in_buckets, mean_of
+from pipeline.long_context_mqar import RecallCurves
+from pipeline.long_context_parts import Place, mean_of
+from pipeline.long_context_positions import bucket_ends, in_buckets
 from reports.long_context_plot import loss_by_bucket, recall_by_pairs
 
 LENGTHS, DEPTHS = (96, 160), (0.0, 0.4, 1.0)
