@@ -8,7 +8,7 @@ Shape letters: B rows, T tokens, D hidden width.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,21 @@ TokenLoss = Callable[[Tensor, Tensor], Tensor]
 Visit = Callable[[int, dict[str, Any], tuple[Tensor, ...]], None]
 
 
+class Aligned(NamedTuple):
+    """How far a student's mixers are from the attention that they replace.
+
+    Attributes:
+        layers: the teacher's number of a layer -> its loss, detached, in which all tokens count alike.
+        total: a scalar with the gradients of all mixers attached: the weighted mean over layers of this loss
+            and that of the layer's index.
+        parts: `index`, where mixers with one train: how far those are from attention, nats, their mean.
+    """
+
+    layers: dict[int, Tensor]
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
 def aligned_layers(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -34,8 +49,8 @@ def aligned_layers(
     *,
     repeat_weight: float = 1.0,
     layer_weights: Sequence[float] | None = None,
-) -> tuple[dict[int, Tensor], Tensor]:
-    """The alignment loss of every replaced layer, and their mean with the gradients of all mixers attached.
+) -> Aligned:
+    """The alignment loss of every replaced layer, and their mean.
 
     Args:
         student: its mixers take part, but for those of inserted layers; nothing else of it runs.
@@ -44,10 +59,6 @@ def aligned_layers(
         token_loss: (output, target), each [n,D], to a loss per token [n].
         repeat_weight: of tokens at which a document repeats itself (models/token_weights.py).
         layer_weights: one number per decoder layer of the teacher; None weighs all alike.
-
-    Returns:
-        Detached loss per layer, by the teacher's number, in which all tokens count alike, and the weighted
-        mean as a differentiable scalar.
 
     Raises:
         ValueError: where the student has no mixer to align.
@@ -61,6 +72,7 @@ def aligned_layers(
     gradients = dict.fromkeys(parameters)
     losses: dict[int, Tensor] = {}
     weighted: dict[int, Tensor] = {}
+    indices: list[Tensor] = []
     given_weights = {index: 1.0 if layer_weights is None else layer_weights[index] for index in mixers}
     mean_weight = sum(given_weights.values()) / len(mixers)
     layer_loss = _layer_loss(batch, token_loss, repeat_weight)
@@ -72,17 +84,19 @@ def aligned_layers(
             output, _ = mixers[index](**kwargs)
             plain, loss = layer_loss(output, given[0])
             loss = loss * (given_weights[index] / mean_weight)
-            share, _ = with_index(loss / len(mixers), kwargs["sequence_context"].index_losses)
+            loss, parts = with_index(loss, kwargs["sequence_context"].index_losses)
+            share = loss / len(mixers)
         losses[index], weighted[index] = plain.detach(), loss.detach()
+        indices.extend(parts.values())
         if share.requires_grad:  # a mixer may be frozen as a whole
             own = [parameter for parameter in mixers[index].parameters() if parameter.requires_grad]
             gradients.update(zip(own, differentiate(share, own), strict=True))
 
     beside_attention(list(mixers), teacher, batch, align_layer)
     total = torch.stack(list(weighted.values())).mean()
-    if not differentiable:
-        return losses, total
-    return losses, hand_over(total, parameters, [gradients[parameter] for parameter in parameters])
+    if differentiable:
+        total = hand_over(total, parameters, [gradients[parameter] for parameter in parameters])
+    return Aligned(losses, total, {"index": torch.stack(indices).mean()} if indices else {})
 
 
 def _layer_loss(

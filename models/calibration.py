@@ -215,7 +215,7 @@ class CalibrateMixers:
             tokens += sum(batch["input_ids"].numel() for batch in share)
             batch = {name: x.to(parameters[0].device) for name, x in share[ranks.rank()].items()}
             with precision():
-                _, loss = aligned_layers(student, teacher, batch, ALIGNMENT_LOSSES["l2"])
+                loss = aligned_layers(student, teacher, batch, ALIGNMENT_LOSSES["l2"]).total
             loss.backward()
             for parameter in parameters:  # a sharded model has averaged its gradients already
                 if parameter.grad is not None and not isinstance(parameter, DTensor):

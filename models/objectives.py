@@ -310,8 +310,8 @@ class Align:
         self, student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]
     ) -> LossTerms:
         """Per layer and as the part `alignment`: the loss, all tokens and layers counting alike; padding does
-        not count. The total is weighted."""
-        losses, total = aligned_layers(
+        not count. The total is weighted. Part `index`: as in models/align.py."""
+        aligned = aligned_layers(
             student,
             teacher,
             batch,
@@ -319,7 +319,8 @@ class Align:
             repeat_weight=self.repeat_weight,
             layer_weights=self.layer_weights,
         )
-        return LossTerms(total, {"alignment": torch.stack(list(losses.values())).mean()}, losses)
+        alignment = torch.stack(list(aligned.layers.values())).mean()
+        return LossTerms(aligned.total, {"alignment": alignment} | aligned.parts, aligned.layers)
 
 
 def _check_chunk(tokens: int) -> None:

@@ -79,7 +79,7 @@ def mixer_parameters(student: PreTrainedModel) -> dict[str, Tensor]:
 def test_losses_and_gradients_equal_a_plain_computation(keep, family, flavour, rows):
     teacher, batch = tiny_teacher(family), packed_batch(ROWS[rows])
     student = tiny_student(teacher, keep, **FLAVOURS[flavour]).train()
-    losses, total = aligned_layers(student, teacher, batch, alignment_l2)
+    losses, total, _ = aligned_layers(student, teacher, batch, alignment_l2)
     total.backward()
     wanted = plain_losses(student, teacher, batch)
     assert losses.keys() == wanted.keys() == {0, 1, 2} - {index % 3 for index in keep}
@@ -107,7 +107,7 @@ def test_gradients_are_layer_local_under_a_value_residual():
     coupled = sum(plain_losses(student, teacher, batch, detached=False).values()) / 3
     coupled = torch.autograd.grad(coupled, weight)[0]
     assert (coupled - own).norm() > 0.01 * own.norm(), "the layers are not coupled, so nothing is shown"
-    aligned_layers(student, teacher, batch, alignment_l2)[1].backward()
+    aligned_layers(student, teacher, batch, alignment_l2).total.backward()
     assert (weight.grad - own).norm() < 1e-5 * own.norm()
 
 
@@ -128,7 +128,7 @@ def test_memory_for_activations_does_not_grow_with_depth(options):
         teacher = tiny_teacher(layers=layers)
         student = tiny_student(teacher, **options)
         with SavedBytes() as saved:
-            aligned_layers(student, teacher, packed_batch(ROWS["documents"]), alignment_l2)[1].backward()
+            aligned_layers(student, teacher, packed_batch(ROWS["documents"]), alignment_l2).total.backward()
         assert saved.live == 0, "some graph is still alive"
         return saved.peak
 
@@ -168,9 +168,9 @@ def test_documents_are_aligned_as_if_alone():
     teacher = tiny_teacher()
     student = tiny_student(teacher, **ARWKV)
     batch = packed_batch([[10, 10]])
-    together = aligned_layers(student, teacher, batch, alignment_l2)[0]
+    together = aligned_layers(student, teacher, batch, alignment_l2).layers
     apart = [
-        aligned_layers(student, teacher, {n: t[:, part] for n, t in batch.items()}, alignment_l2)[0]
+        aligned_layers(student, teacher, {n: t[:, part] for n, t in batch.items()}, alignment_l2).layers
         for part in (slice(0, 10), slice(10, 20))
     ]
     for index in together:
@@ -186,7 +186,7 @@ def test_frozen_parameters_get_no_gradient(options):
     frozen = student_mixers(student)[1]
     frozen.requires_grad_(False)
     student_mixers(student)[0].key.weight.requires_grad_(False)
-    aligned_layers(student, teacher, batch, alignment_l2)[1].backward()
+    aligned_layers(student, teacher, batch, alignment_l2).total.backward()
     for name, parameter in mixer_parameters(student).items():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
@@ -195,10 +195,10 @@ def test_without_gradients_it_is_a_measurement():
     teacher, batch = tiny_teacher(), packed_batch(ROWS["documents"])
     student = tiny_student(teacher)
     with torch.no_grad():
-        losses, total = aligned_layers(student, teacher, batch, alignment_l2)
+        losses, total, _ = aligned_layers(student, teacher, batch, alignment_l2)
     assert not total.requires_grad
     torch.testing.assert_close(total, torch.stack(list(losses.values())).mean())
-    torch.testing.assert_close(total, aligned_layers(student, teacher, batch, alignment_l2)[1].detach())
+    torch.testing.assert_close(total, aligned_layers(student, teacher, batch, alignment_l2).total.detach())
 
 
 def test_no_hook_stays_on_the_teacher():
@@ -226,10 +226,10 @@ def test_alignment_lowers_the_loss():
     teacher, batch = tiny_teacher(), packed_batch(ROWS["documents"])
     student = tiny_student(teacher, noise=0.0)
     optimizer = torch.optim.Adam(mixer_parameters(student).values(), lr=3e-3)
-    before = aligned_layers(student, teacher, batch, alignment_l2)[1].item()
+    before = aligned_layers(student, teacher, batch, alignment_l2).total.item()
     for _ in range(15):
         for _ in range(2):
-            (aligned_layers(student, teacher, batch, alignment_l2)[1] / 2).backward()
+            (aligned_layers(student, teacher, batch, alignment_l2).total / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert aligned_layers(student, teacher, batch, alignment_l2)[1].item() < 0.8 * before
+    assert aligned_layers(student, teacher, batch, alignment_l2).total.item() < 0.8 * before

@@ -237,10 +237,10 @@ def test_alignment_passes_inserted_layers_by():
     teacher, batch = tiny_teacher(), labelled()
     models, options = pair_of(teacher, mixer="rwkv7"), {"layer_weights": [1, 5, 3]}
     found = [aligned_layers(m, teacher, batch, ALIGNMENT_LOSSES["l2"], **options) for m in models]
-    assert list(found[0][0]) == [0, 2] and teacher_places(models[0]) == [0, 1, 3]
-    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
-    for (_, total), model in zip(found, models, strict=True):
-        total.backward()
+    assert list(found[0].layers) == [0, 2] and teacher_places(models[0]) == [0, 1, 3]
+    assert found[0].layers == found[1].layers and torch.equal(found[0].total, found[1].total)
+    for aligned, model in zip(found, models, strict=True):
+        aligned.total.backward()
         mixers = student_mixers(model)
         trained = [place for place, mixer in mixers.items() if mixer.key.weight.grad is not None]
         assert trained == [teacher_places(model)[number] for number in (0, 2)]

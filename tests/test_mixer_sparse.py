@@ -1,4 +1,4 @@
-"""Sparse attention against a plain choice of blocks, token by token; its limits; its index; decoding."""
+"""Sparse attention against a plain choice of blocks, token by token; its limits; decoding."""
 
 import copy
 import math
@@ -215,84 +215,6 @@ def test_memory_grows_with_the_row_and_not_with_its_square(monkeypatch):
         peaks.append(live.peak)
         largest.append(live.largest)
     assert peaks[1] < 2.2 * peaks[0] and largest[1] < 2.2 * largest[0], (peaks, largest)
-
-
-# --- its index ----------------------------------------------------------------------------------------------
-
-
-def plain_index_loss(mixer: SparseAttentionMixer, hidden: Tensor) -> Tensor:
-    """KL(attention's true share of complete blocks ‖ softmax of their scores), all blocks, one document."""
-    query, key, _ = plain_heads(mixer, hidden, rotary(torch.arange(len(hidden))[None]))
-    asks, index = mixer.index(hidden[None], hidden[None])
-    index = index + (index.bfloat16() - index).detach()
-    length, losses = mixer.options.block_length, []
-    for token in range(2 * length, len(hidden)):
-        past = token // length
-        for group in range(mixer.shape.kv_heads):
-            heads = [
-                h for h in range(mixer.shape.heads) if h * mixer.shape.kv_heads // mixer.shape.heads == group
-            ]
-            shares = [
-                torch.softmax(key[: token + 1, group] @ query[token, head] / math.sqrt(key.shape[2]), 0)
-                for head in heads
-            ]
-            target = torch.stack(shares).mean(0)[: past * length].unflatten(0, (past, length)).sum(1)
-            target = (target / target.sum()).detach()
-            scores = index[0, : past * length, 0] @ asks[0, token, group]
-            scores = scores.unflatten(0, (past, length)).logsumexp(1)
-            losses.append((target * (target.log() - scores.double().log_softmax(0))).sum())
-    return torch.stack(losses).mean()
-
-
-def test_the_index_learns_the_true_share_of_each_block():
-    mixer, hidden = make(), hidden_of(rows=1)
-    mixer.dense = True
-    context = SequenceContext(index_losses=[])
-    mixer(hidden, sequence_context=context)
-    (found,), wanted = context.index_losses, plain_index_loss(mixer, hidden[0])
-    assert abs(found.item() - wanted.item()) < 1e-5 * wanted.item()
-    parameters = list(mixer.index.parameters())
-    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (found, wanted))
-    for one, other in zip(ours, theirs, strict=True):
-        assert_close(one, other)
-
-
-def test_the_index_loss_reaches_the_index_alone():
-    mixer, hidden = make(), hidden_of().requires_grad_()
-    context = SequenceContext(index_losses=[])
-    mixer(hidden, sequence_context=context)
-    context.index_losses[0].backward()
-    assert hidden.grad is None
-    moved = {name for name, parameter in mixer.named_parameters() if parameter.grad is not None}
-    assert moved == {name for name, _ in mixer.named_parameters() if name.startswith("index.")}
-
-
-def test_looking_at_other_blocks_changes_no_result():
-    """Blocks that are tried while the index learns are not attended to."""
-    mixer, hidden = make(index_tried=3), hidden_of()
-    context = SequenceContext(index_losses=[])
-    with torch.no_grad():
-        found, wanted = mixer(hidden, sequence_context=context)[0], mixer(hidden)[0]
-    assert_close(found, wanted)
-    assert context.index_losses[0] > 0
-
-
-def test_the_index_finds_a_block_that_attention_wants():
-    """Trained beside fixed attention, its divergence falls to a fraction."""
-    torch.manual_seed(0)
-    mixer = make(noise=0.3)
-    mixer.dense = True
-    hidden = [hidden_of(tokens=tokens) for tokens in (40, 45, 50, 55)]
-    optimizer = torch.optim.Adam(mixer.index.parameters(), 0.01)
-    losses = []
-    for step in range(60):
-        context = SequenceContext(index_losses=[])
-        mixer(hidden[step % 4], sequence_context=context)
-        optimizer.zero_grad()
-        context.index_losses[0].backward()
-        optimizer.step()
-        losses.append(context.index_losses[0].item())
-    assert losses[-1] < 0.5 * losses[0], losses[:: len(losses) // 5]
 
 
 # --- in a model ---------------------------------------------------------------------------------------------

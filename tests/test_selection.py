@@ -121,7 +121,7 @@ def test_alignment_is_the_error_of_stage_one():
     student = tiny_student(teacher, (1,), noise=0.05)
     batch = packed_batch([*ROWS, [26]])
     found = select("alignment").scores(student, teacher, [0, 2], {"plain": [batch]})
-    wanted, _ = aligned_layers(student, teacher, batch, ALIGNMENT_LOSSES["relative"])
+    wanted = aligned_layers(student, teacher, batch, ALIGNMENT_LOSSES["relative"]).layers
     assert found == pytest.approx({index: float(loss) for index, loss in wanted.items()}, rel=1e-4)
     assert min(found.values()) > 0.01
     parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(1), slice(1, 3))]

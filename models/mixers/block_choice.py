@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.arguments import without_autocast
 from kernels.sparse_attention import NONE, watched
+from models import ranks
 from models.block_pool import Blocks
 from models.mixers.base import wide
 
@@ -135,7 +136,7 @@ def _named(listed: Tensor) -> Tensor:
 def index_loss(asks: Tensor, blocks: Blocks, choice: Choice, share: Tensor, positions: Tensor) -> Tensor:
     """How far the index is from attention: KL(true share of each complete block ‖ softmax of the scores),
     over the complete blocks that are listed; the mean over queries and lists with more than one of them, in
-    nats.
+    nats. With several processes each returns its share, so that their mean is the mean over all queries.
 
     Its gradient is the difference of the two distributions. It reaches the index alone.
 
@@ -157,7 +158,7 @@ def index_loss(asks: Tensor, blocks: Blocks, choice: Choice, share: Tensor, posi
         target = target / total.clamp_min(torch.finfo(target.dtype).tiny)
         logs = choice.scores.masked_fill(~taken, -torch.inf).masked_fill(~counts, 0).log_softmax(-1)
         logs = logs.masked_fill(~taken, 0)
-        number = counts.sum().clamp_min(1)
+        number = ranks.mean(counts.sum().float()).clamp_min(1)
         loss = (torch.special.xlogy(target, target) - target * logs).masked_fill(~counts, 0).sum() / number
         slopes = (logs.exp().masked_fill(~taken, 0) - target).masked_fill(~counts, 0) / number
     return _WithSlopes.apply(asks, blocks.index, place, slopes, loss)
