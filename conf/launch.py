@@ -148,6 +148,12 @@ def check(config: DictConfig) -> None:
     student = build(config.student, "student", **({"_partial_": True} if from_scratch else {}))
     stages = [checked_stage(config, name, teacher) for name in config.stages]
     given = {name: callback for name, callback in config.callbacks.items() if callback}
+    for name in given:
+        if "_target_" not in given[name]:
+            raise ValueError(
+                f"callbacks.{name} has options but no _target_: this run switches it off, or it is misspelt; "
+                "leave them out, or say which class it is."
+            )
     callbacks = {name: build(callback, f"callbacks.{name}") for name, callback in given.items()}
     for stage in stages:
         check_callbacks(config, stage, callbacks)

@@ -40,6 +40,10 @@ def test_experiments_compose_and_pass_the_checks(experiment: str):
     config = compose("train", overrides=[RUN_FOLDER, f"experiment={experiment}"])
     launch.check(config)
     OmegaConf.to_container(config, resolve=True)
+    if config.trainer.devices == 1:  # a step of a preset for eight has more tokens than debug=fast
+        for debug in ("fast", "overfit"):
+            overrides = [RUN_FOLDER, f"experiment={experiment}", f"debug={debug}"]
+            launch.check(compose("train", overrides=overrides))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +117,7 @@ def test_every_choice_of_a_group_composes(group: str):
         (["data.workers=-1"], ["data.workers=-1"]),
         (["data.sources.stdlib.validation_share=nan"], ["data.sources.stdlib.validation_share=nan"]),
         (["callbacks.checkpoint.keep=0"], ["callbacks.checkpoint.keep=0"]),
+        (["+callbacks.samples.prompts=[a]"], ["callbacks.samples has options but no _target_"]),
         (["callbacks.checkpoint.every_steps=-1"], ["callbacks.checkpoint.every_steps=-1"]),
         (["callbacks.stop_on_signal.signals=[SIGKILL]"], ["callbacks.stop_on_signal", "SIGKILL"]),
         (["callbacks.stop_on_signal.signals=SIGTERM"], ["callbacks.stop_on_signal.signals=SIGTERM", "list"]),
