@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.architectures import attention_modules
-from models.backbone import backbone_inputs, has_documents
+from models.backbone import IndexLosses, backbone_inputs, has_documents
 from models.deferred import differentiate, hand_over
 from models.losses import mean_count
 from models.segments import with_index
@@ -80,7 +80,7 @@ def aligned_layers(
 
     def align_layer(index: int, kwargs: dict[str, Any], given: tuple[Tensor, ...]) -> None:
         with torch.set_grad_enabled(differentiable):
-            kwargs["sequence_context"].index_losses = [] if differentiable else None
+            kwargs["sequence_context"].index_losses = IndexLosses() if differentiable else None
             output, _ = mixers[index](**kwargs)
             plain, loss = layer_loss(output, given[0])
             loss = loss * (given_weights[index] / mean_weight)

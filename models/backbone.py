@@ -4,6 +4,7 @@ Shape letters: B rows, T tokens, D hidden width.
 """
 
 import inspect
+from collections import UserList
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,10 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from models.architectures import architecture_of
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as transformers calls them
+
+
+class IndexLosses(UserList):
+    """Losses that layers leave, one after the other. Not a list: FSDP hands a copy of those to each unit."""
 
 
 @dataclass
@@ -33,7 +38,7 @@ class SequenceContext:
     continues: Tensor | None = None
     first_value: Tensor | None = None
     local_gradients: bool = False
-    index_losses: list[Tensor] | None = None
+    index_losses: IndexLosses | None = None
 
 
 def has_documents(document_ids: Tensor | None) -> bool:
@@ -143,7 +148,7 @@ def hidden_states(
     input_ids: Tensor,
     document_ids: Tensor | None = None,
     cache: Cache | None = None,
-    index_losses: list[Tensor] | None = None,
+    index_losses: IndexLosses | None = None,
 ) -> Tensor:
     """Final hidden states (after the last norm) of a causal language model: [B,T] -> [B,T,D].
 

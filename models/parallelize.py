@@ -36,13 +36,41 @@ def shard(model: PreTrainedModel, device: str, mesh: DeviceMesh) -> None:
         mesh: of all processes, from `process_mesh`.
     """
     for index, layer in enumerate(decoder_layers(model)):
-        fully_shard(attention_modules(model)[index], mesh=mesh)
+        mixing = attention_modules(model)[index]
+        fully_shard(mixing, mesh=mesh)
+        if hasattr(mixing, "index"):
+            mixing.register_forward_hook(_tie_index, with_kwargs=True, prepend=True)
         fully_shard(layer, mesh=mesh)
     # Said for these two, because what runs as a root would stay whole after a forward pass: an optimiser step
     # after a look at held-out rows would then miss its gradients.
     fully_shard(model.base_model, mesh=mesh, reshard_after_forward=True)
     fully_shard(model.get_output_embeddings(), mesh=mesh, reshard_after_forward=True)
     model.to(device)  # what is no parameter: buffers
+
+
+class _Tied(torch.autograd.Function):
+    """A tensor as it is; in the backward pass others, which get no gradient from here, come after it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, *others: Tensor) -> Tensor:
+        """The tensor."""
+        ctx.others = len(others)
+        return tensor.clone()  # of a view, hooks on the output could be lost
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Its gradient."""
+        return gradient, *[None] * ctx.others
+
+
+def _tie_index(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: tuple) -> tuple:
+    """A forward hook: makes a unit's output depend on the losses of its index, which leave it another way.
+
+    A unit gathers its parameters for the backward pass when the gradient of its output arrives: so the output
+    must have one, also where the index alone trains, and the losses must wait for it.
+    """
+    losses = getattr(kwargs.get("sequence_context"), "index_losses", None)
+    return (_Tied.apply(output[0], *losses), *output[1:]) if losses else output
 
 
 def process_mesh(device: str) -> DeviceMesh:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from models.backbone import hidden_states, output_head
+from models.backbone import IndexLosses, hidden_states, output_head
 from models.deferred import GradientSum, differentiate, hand_over
 from models.losses import chunked_mean, mean_count
 from models.parallelize import kept_whole
@@ -53,7 +53,7 @@ def student_mean(
     if segment_length and segment_length < batch["input_ids"].shape[1]:
         with kept_whole(*heads):
             return _in_segments(student, batch, chosen, token_loss, chunk_tokens, segment_length)
-    losses = [] if torch.is_grad_enabled() else None
+    losses = IndexLosses() if torch.is_grad_enabled() else None
     hidden = hidden_states(student, batch["input_ids"], batch["document_ids"], index_losses=losses)[chosen]
     with kept_whole(head, *heads):
         return with_index(chunked_mean(hidden, head, parameters, token_loss, chunk_tokens), losses)
@@ -96,7 +96,7 @@ def _in_segments(
         own = chosen[:, start:stop]
         which = number[:, start:stop][own]
         ids, documents = batch["input_ids"][:, start:stop], batch["document_ids"][:, :stop]
-        losses = [] if torch.is_grad_enabled() else None
+        losses = IndexLosses() if torch.is_grad_enabled() else None
         hidden = hidden_states(student, ids, documents, cache, losses)[own]
 
         def own_loss(logits: Tensor, chunk: slice, which: Tensor = which) -> Tensor:
