@@ -51,7 +51,7 @@ quickstart: setup  ## convert the bundled teacher on real text, on the CPU; ends
 	$(VENV)/python train.py experiment=quickstart
 
 test: setup  ## run the CPU test suite in two processes (JOBS=)
-	$(VENV)/python -m pytest tests -n $(JOBS) --dist loadfile -m "$(MARKERS)"
+	$(VENV)/python -m pytest tests -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "$(MARKERS)"
 
 lint: setup  ## check style and spelling, changing nothing
 	$(VENV)/ruff check .

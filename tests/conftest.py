@@ -12,8 +12,13 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests marked `network` are run with HF_HUB_OFFLINE=0
 
 
+FIRST = ("test_processes.py", "test_train.py", "test_first_time.py")  # they take minutes each
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked `gpu` or `multi_gpu` where the GPUs are missing, and say so."""
+    """Begins with the longest files, so that no process waits for another's at the end; and skips the tests
+    marked `gpu` or `multi_gpu` where the GPUs are missing, and says so."""
+    items.sort(key=lambda item: item.path.name not in FIRST)  # within both parts as collected
     needed = [(item, 2 if item.get_closest_marker("multi_gpu") else 1) for item in items if needs_gpu(item)]
     if not needed:
         return

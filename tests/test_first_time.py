@@ -70,12 +70,7 @@ def test_from_the_quickstart_to_a_model_used_elsewhere(tmp_path):
     ]
     assert here[0] == here[1]
     assert text.strip() == here[0].strip()
-    small = (
-        "data.row_length=128",
-        "data.validation_rows=4",
-        "data.copy_rows=4",
-        "data.copy_passage_length=64",
-    )
+    small = ("data.row_length=128", "data.validation_rows=4")
     python(
         "eval.py", f"model={exported}", "suite=quick", "teacher_folder=assets/tiny_qwen2", *small, *folders
     )

@@ -117,12 +117,7 @@ def test_a_damaged_student_is_refused(finished: Path, tmp_path: Path, cache: Pat
 
 
 def test_eval_finds_what_the_run_measured(finished: Path, tmp_path: Path, cache: Path):
-    small = (
-        "data.row_length=128",
-        "data.validation_rows=4",
-        "data.copy_rows=4",
-        "data.copy_passage_length=64",
-    )
+    small = ("data.row_length=128", "data.validation_rows=4")
     options = [
         *small,
         f"paths.cache={cache}",
