@@ -21,7 +21,7 @@ from conf.quiet import quieten as quieten
 from conf.ranks import ProcessFailed, check_processes
 from conf.run_folder import run_folder
 from conf.run_folder import running as running
-from conf.stages import check_callbacks, checked_stage
+from conf.stages import build_callbacks, check_callbacks, checked_stage
 from conf.trials import is_trial, record_failure
 from conf.values import check_count, check_evaluation, check_trainer
 
@@ -147,14 +147,7 @@ def check(config: DictConfig) -> None:
     from_scratch = "model_type" in config.student or "parent" in config.student  # made with the tokenizer
     student = build(config.student, "student", **({"_partial_": True} if from_scratch else {}))
     stages = [checked_stage(config, name, teacher) for name in config.stages]
-    given = {name: callback for name, callback in config.callbacks.items() if callback}
-    for name in given:
-        if "_target_" not in given[name]:
-            raise ValueError(
-                f"callbacks.{name} has options but no _target_: this run switches it off, or it is misspelt; "
-                "leave them out, or say which class it is."
-            )
-    callbacks = {name: build(callback, f"callbacks.{name}") for name, callback in given.items()}
+    callbacks = build_callbacks(config)
     for stage in stages:
         check_callbacks(config, stage, callbacks)
     if teacher.path is not None and config.init_from is None:

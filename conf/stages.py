@@ -93,6 +93,22 @@ def checked_stage(config: DictConfig, name: str, teacher: Any) -> Any:
     return stage
 
 
+def build_callbacks(config: DictConfig) -> dict[str, Any]:
+    """The callbacks of a run, by name, in their order; those that are null are left out.
+
+    Raises:
+        ValueError: as for `build`, and for one that has options but no class.
+    """
+    given = {name: callback for name, callback in config.callbacks.items() if callback}
+    for name, callback in given.items():
+        if "_target_" not in callback:
+            raise ValueError(
+                f"callbacks.{name} has options but no _target_: this run switches it off, or it is misspelt; "
+                "leave them out, or say which class it is."
+            )
+    return {name: build(callback, f"callbacks.{name}") for name, callback in given.items()}
+
+
 def check_callbacks(config: DictConfig, stage: Any, callbacks: Mapping[str, Any]) -> None:
     """Refuses a stage whose curriculum asks for what no callback of the run does.
 

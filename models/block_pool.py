@@ -79,7 +79,16 @@ class BlockPool(MixerCacheLayer):
         """The tensors that one token of each row changes."""
         return PoolTensors(*self.blocks, self.attention, self.counts)
 
-    def make(self, keys: Tensor, values: Tensor, index: Tensor, places: int, length: int, parts: int) -> None:
+    def make(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        index: Tensor,
+        places: int,
+        length: int,
+        parts: int,
+        index_dtype: torch.dtype | None = None,
+    ) -> None:
         """Makes the places at first use.
 
         Args:
@@ -88,12 +97,13 @@ class BlockPool(MixerCacheLayer):
             places: M.
             length: C.
             parts: P.
+            index_dtype: of the index keys that are held; None means that of `index`.
         """
         if self.counts is not None:
             return
         rows, device = keys.shape[0], keys.device
         self.keys, self.values = (x.new_zeros(rows, places, length, *x.shape[2:]) for x in (keys, values))
-        self.index = index.new_zeros(rows, places, parts, *index.shape[2:])
+        self.index = index.new_zeros(rows, places, parts, *index.shape[2:], dtype=index_dtype)
         self.starts = torch.full((rows, places), EMPTY, dtype=torch.int32, device=device)
         self.documents = torch.full((rows, places), -1, dtype=torch.int64, device=device)
         self.attention = torch.zeros(rows, places, device=device)

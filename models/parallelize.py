@@ -38,7 +38,7 @@ def shard(model: PreTrainedModel, device: str, mesh: DeviceMesh) -> None:
     for index, layer in enumerate(decoder_layers(model)):
         mixing = attention_modules(model)[index]
         fully_shard(mixing, mesh=mesh)
-        if hasattr(mixing, "index"):
+        if getattr(mixing, "index", None) is not None:
             mixing.register_forward_hook(_tie_index, with_kwargs=True, prepend=True)
         fully_shard(layer, mesh=mesh)
     # Said for these two, because what runs as a root would stay whole after a forward pass: an optimiser step

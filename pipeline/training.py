@@ -17,7 +17,7 @@ from callbacks.checkpoint import checkpoint_metrics, checkpoint_step, newest_che
 from callbacks.metrics_csv import MetricsCsv
 from callbacks.panels import panel_loggers
 from conf.launch import build, device
-from conf.stages import build_stage_data, stage_timeline
+from conf.stages import build_callbacks, build_stage_data, stage_timeline
 from conf.teacher_caches import cache_key, check_reading
 from data.datamodule import TextDataModule
 from data.row_module import BatchShape
@@ -71,9 +71,7 @@ def train_stage(
     if resume is not None and config.strategy.name == "fsdp":
         # A sharded checkpoint is read into the state that the trainable parameters have, no more and no less.
         module.train_only(module.groups_before(checkpoint_step(resume)))
-    callbacks = [
-        build(callback, f"callbacks.{name}") for name, callback in config.callbacks.items() if callback
-    ]
+    callbacks = list(build_callbacks(config).values())
     _begin_loggers(loggers, module, resume)
     trainer = build_trainer(config, stage, timeline, loggers, callbacks)
     started = time.perf_counter()

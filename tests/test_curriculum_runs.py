@@ -196,7 +196,8 @@ FREEZING = (
 def test_two_processes_change_phases_like_one_and_may_become_one(strategy, step, texts, tmp_path):
     given = [
         *("stages=[extend]", "stage.extend.tokens=2000", "data=files", f"data.sources.text.paths=[{texts}]"),
-        *("data.sources.text.validation_share=0.3", "callbacks.text_samples=null", "trainer.accelerator=cpu"),
+        *("data.sources.text.validation_share=0.3", "data.copy_passage_length=64"),
+        *("callbacks.text_samples=null", "trainer.accelerator=cpu"),
         *("evaluation.decoding_contexts=[]", "callbacks.checkpoint.every_steps=1"),
         "stage.extend.optimizer.weight_decay=0.1",
     ]

@@ -1,4 +1,4 @@
-// What forward and backward share (cpu.cpp): products of four rows, transposed blocks, and tiles of queries.
+// What forward and backward share (cpu.cpp): products of up to four rows, transposed blocks, and tiles of queries.
 
 #pragma once
 

@@ -112,8 +112,8 @@ class SparseAttentionOptions:
         return self.block_length // self.index_part if self.selector == "gated" else 1
 
     @property
-    def rounds(self) -> bool:
-        """Whether index keys are rounded; those of several tokens are summed first, in full."""
+    def rounds_index(self) -> bool:
+        """Whether index keys are rounded to bfloat16; those of several tokens are summed first, in full."""
         return self.selector == "gated" and self.index_part == 1
 
 
@@ -241,7 +241,7 @@ class SparseAttentionMixer(HeadMixer):
         asks, index_keys = (query, key) if self.index is None else self.index(hidden, of_keys)
         if self.index is not None and self.rotates(positions) and positions[0].shape[-1] <= asks.shape[-1]:
             asks, index_keys = (rotate(x, positions, self.shape.rotation) for x in (asks, index_keys))
-        index_keys = rounded(index_keys) if self.options.rounds else index_keys
+        index_keys = rounded(index_keys) if self.options.rounds_index else index_keys
         return Tokens(query, key, value, asks, index_keys)
 
     def _one_token(self, token: Tokens, pool: BlockPool, context: SequenceContext) -> Tensor | None:
@@ -294,8 +294,9 @@ class SparseAttentionMixer(HeadMixer):
         if whole:
             places = read_places(torch.zeros(rows, dtype=torch.int64, device=tokens.k.device), ids, count)
             needed = places_needed(places, count, options.block_length, single=ids is None)
-        index = tokens.index_keys.bfloat16() if options.rounds and not whole else tokens.index_keys
-        pool.make(tokens.k, tokens.v, index, needed, options.block_length, options.parts)
+        held = torch.bfloat16 if options.rounds_index and not whole else None
+        size = needed, options.block_length, options.parts
+        pool.make(tokens.k, tokens.v, tokens.index_keys, *size, index_dtype=held)
         return pool.numbered(places if whole else read_places(pool.counts[:, 0], ids, count))
 
     def choice(self, asks: Tensor, blocks: Blocks, places: Places, scored: bool) -> Choice:
